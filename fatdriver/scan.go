@@ -1,0 +1,389 @@
+package fatdriver
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+)
+
+// Severity says what a finding means for somebody who wants to use the volume.
+type Severity int
+
+const (
+	// Note is something unusual that nobody has to mend.
+	Note Severity = iota
+	// Warning is something that fsck.fat would mend and that harms no reader: lost clusters, a stale free count.
+	Warning
+	// Damage is something that makes readers disagree or fail. A volume with damage is neither source nor target.
+	Damage
+)
+
+func (s Severity) String() string { return [...]string{"note", "warning", "damage"}[s] }
+
+// Finding is one thing that is wrong with a volume, and where.
+type Finding struct {
+	Severity Severity
+	Path     string // the file or directory, "/" and below; "" when it concerns the volume
+	Cluster  Cluster
+	Off      int64 // byte offset on the volume, -1 when a cluster or a path says more
+	Msg      string
+}
+
+func (f Finding) String() string {
+	var sb strings.Builder
+	if f.Path != "" {
+		fmt.Fprintf(&sb, "%s: ", f.Path)
+	}
+	if f.Off >= 0 {
+		fmt.Fprintf(&sb, "offset 0x%x: ", f.Off)
+	}
+	if f.Cluster != 0 {
+		fmt.Fprintf(&sb, "cluster %d: ", f.Cluster)
+	}
+	return sb.String() + f.Msg
+}
+
+// Node is a file or directory of a scanned volume.
+type Node struct {
+	Entry    *Entry // nil for the root
+	Parent   *Node  // nil for the root
+	Children []*Node
+	Runs     []Run // the cluster chain; empty for an empty file and for the fixed root of FAT12/16
+
+	labels []*Entry // volume-label slots, carried over wherever the directory goes
+	byName map[string]*Node
+	err    error // why the content cannot be read
+}
+
+// Name is the entry's name, "" for the root.
+func (n *Node) Name() string {
+	if n.Entry == nil {
+		return ""
+	}
+	return n.Entry.Name
+}
+
+// IsDir says whether the node is a directory.
+func (n *Node) IsDir() bool { return n.Entry == nil || n.Entry.IsDir() }
+
+// Size is the file's size in bytes, 0 for a directory.
+func (n *Node) Size() int64 {
+	if n.IsDir() {
+		return 0
+	}
+	return n.Entry.Size()
+}
+
+// Path is the slash-separated path from the root, "" for the root itself.
+func (n *Node) Path() string {
+	if n.Parent == nil {
+		return ""
+	}
+	if p := n.Parent.Path(); p != "" {
+		return p + "/" + n.Name()
+	}
+	return n.Name()
+}
+
+// cluster is the node's first cluster, 0 when it has none (and for the root, as ".." wants it).
+func (n *Node) cluster() Cluster {
+	if n.Parent == nil || len(n.Runs) == 0 {
+		return 0
+	}
+	return n.Runs[0].First
+}
+
+// Child finds an entry of a directory by its long or short name, without regard to case; nil when there is none.
+func (n *Node) Child(name string) *Node {
+	if n.byName == nil {
+		n.byName = make(map[string]*Node, len(n.Children))
+		for _, c := range n.Children {
+			n.byName[Fold(c.Name())] = c
+		}
+	}
+	if c := n.byName[Fold(name)]; c != nil {
+		return c
+	}
+	if len(name) > 12 {
+		return nil
+	}
+	k := Fold(name)
+	for _, c := range n.Children {
+		if c.Entry.slots() > 1 && Fold(displayPlain(c.Entry.short())) == k {
+			return c
+		}
+	}
+	return nil
+}
+
+// Tree is the content of a volume at the time of Scan.
+type Tree struct {
+	Root     *Node
+	Label    string // from the root directory, else from the boot sector
+	Findings []Finding
+
+	vol  *Volume
+	used bitmap // every cluster that a file or directory holds
+}
+
+// Volume returns the volume that was scanned.
+func (t *Tree) Volume() *Volume { return t.vol }
+
+// Damage returns ErrDamaged with the first finding of that severity, or nil.
+func (t *Tree) Damage() error {
+	n := 0
+	var first Finding
+	for _, f := range t.Findings {
+		if f.Severity == Damage {
+			if n == 0 {
+				first = f
+			}
+			n++
+		}
+	}
+	switch n {
+	case 0:
+		return nil
+	case 1:
+		return fmt.Errorf("%w: %v", ErrDamaged, first)
+	}
+	return fmt.Errorf("%w: %v (and %d more findings)", ErrDamaged, first, n-1)
+}
+
+// Lookup finds a path below the root, without regard to case. "" and "/" are the root; nil means that there is none.
+func (t *Tree) Lookup(path string) *Node {
+	n := t.Root
+	for _, name := range SplitPath(path) {
+		if n = n.Child(name); n == nil {
+			return nil
+		}
+	}
+	return n
+}
+
+// SplitPath splits a path at slashes and backslashes, and leaves out empty parts.
+func SplitPath(path string) []string {
+	return strings.FieldsFunc(path, func(r rune) bool { return r == '/' || r == '\\' })
+}
+
+// Open returns the content of a file of the tree.
+func (t *Tree) Open(n *Node) (*io.SectionReader, error) {
+	if n.IsDir() {
+		return nil, fmt.Errorf("cannot read %s: it is a directory", n.Path())
+	}
+	if n.err != nil {
+		return nil, fmt.Errorf("cannot read %s: %w", n.Path(), n.err)
+	}
+	return io.NewSectionReader(t.vol.newRunReader(n.Runs, n.Size()), 0, n.Size()), nil
+}
+
+// maxDepth bounds how deep directories may nest: a path has at most 260 characters for most readers.
+const maxDepth = 256
+
+// maxFindings bounds what a hostile volume can make us keep.
+const maxFindings = 10_000
+
+// Scan walks the whole tree. What is wrong with it goes into Findings; the error is for a medium that cannot be read.
+// Every cluster belongs to whoever is found first, so the walk ends on any input, loops included.
+func (v *Volume) Scan() (*Tree, error) {
+	t := &Tree{vol: v, used: newBitmap(&v.geo)}
+	t.Root = &Node{}
+	if v.geo.Type == FAT32 {
+		runs, err := v.chain(v.geo.RootCluster, v.maxDirClusters(), t.used)
+		t.Root.Runs = runs
+		if err != nil {
+			if isIO(err) {
+				return nil, err
+			}
+			t.note(Damage, t.Root, v.geo.RootCluster, "%v", err)
+			t.Root.err = err
+		}
+	}
+	if err := t.walk(t.Root, 0); err != nil {
+		return nil, err
+	}
+	if t.Label == "" {
+		t.Label = v.bootLabel()
+	}
+	return t, nil
+}
+
+// maxDirClusters is the longest chain that a directory of 65,536 slots can have.
+func (v *Volume) maxDirClusters() int64 {
+	return max(1, maxSlots*slotSize/int64(v.geo.ClusterSize))
+}
+
+// isIO tells an error of the medium from one of the data on it.
+func isIO(err error) bool {
+	var io *ioError
+	return errors.As(err, &io)
+}
+
+// ioError marks an error that came from the device.
+type ioError struct{ err error }
+
+func (e *ioError) Error() string { return e.err.Error() }
+func (e *ioError) Unwrap() error { return e.err }
+
+func (t *Tree) note(s Severity, n *Node, c Cluster, format string, a ...any) {
+	if len(t.Findings) == maxFindings {
+		return
+	}
+	path := "/"
+	if n != nil {
+		path += n.Path()
+	}
+	t.Findings = append(t.Findings, Finding{s, path, c, -1, fmt.Sprintf(format, a...)})
+}
+
+// rawDir reads all slots of a directory.
+func (v *Volume) rawDir(n *Node) ([]byte, error) {
+	var raw []byte
+	if n.Parent == nil && v.geo.Type != FAT32 {
+		raw = make([]byte, v.geo.RootSize)
+		if _, err := v.dev.ReadAt(raw, v.geo.RootOff); err != nil {
+			return nil, &ioError{fmt.Errorf("cannot read the root directory at offset 0x%x: %w", v.geo.RootOff, err)}
+		}
+		return raw, nil
+	}
+	cs := int64(v.geo.ClusterSize)
+	raw = make([]byte, clustersIn(n.Runs)*cs)
+	at := int64(0)
+	for _, r := range n.Runs {
+		k := int64(r.Count) * cs
+		if _, err := v.dev.ReadAt(raw[at:at+k], v.geo.ClusterOff(r.First)); err != nil {
+			return nil, &ioError{fmt.Errorf("cannot read directory /%s at offset 0x%x: %w", n.Path(), v.geo.ClusterOff(r.First), err)}
+		}
+		at += k
+	}
+	return raw, nil
+}
+
+func (t *Tree) walk(dir *Node, depth int) error {
+	if dir.err != nil {
+		return nil
+	}
+	raw, err := t.vol.rawDir(dir)
+	if err != nil {
+		return err
+	}
+	isRoot := dir.Parent == nil
+	d := parseDir(t.vol.geo.Type, raw, isRoot)
+	for _, is := range d.issues {
+		sev := Warning
+		if is.fatal {
+			sev = Damage
+		}
+		t.note(sev, dir, 0, "slot %d: %s", is.slot, is.msg)
+	}
+	dir.labels = d.labels
+	if isRoot && len(d.labels) > 0 {
+		t.Label = labelText(d.labels[0].Group[:11])
+	}
+	if !isRoot {
+		t.checkDots(dir, d)
+	}
+	for i := (d.end + 1) * slotSize; i < len(raw); i++ {
+		if raw[i] != 0 {
+			// EDK2 reads on past an end marker whose attribute byte has bit 3 set; a shadow is zeroed whole.
+			t.note(Note, dir, 0, "slots after the end marker are not empty")
+			break
+		}
+	}
+	seen := newNameSet()
+	for _, e := range d.entries {
+		n := &Node{Entry: e, Parent: dir}
+		if seen.claim(e.Name) != nil || !seen.claimShort(e.Name, e.short()) {
+			t.note(Damage, n, 0, "the directory has this name, or its short name, twice")
+		}
+		dir.Children = append(dir.Children, n)
+	}
+	for _, n := range dir.Children {
+		if err := t.visit(n, depth+1); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (t *Tree) checkDots(dir *Node, d *parsedDir) {
+	if s := d.dots[0]; s != nil {
+		if c := slotCluster(t.vol.geo.Type, s); c != dir.cluster() {
+			t.note(Damage, dir, 0, `"." points to cluster %d, want %d`, c, dir.cluster())
+		}
+	}
+	if s := d.dots[1]; s != nil {
+		want := dir.Parent.cluster()
+		c := slotCluster(t.vol.geo.Type, s)
+		switch {
+		case c == want:
+		case dir.Parent.Parent == nil && t.vol.geo.Type == FAT32 && c == t.vol.geo.RootCluster:
+			t.note(Warning, dir, 0, `".." points to the root's cluster %d, the specification wants 0`, c)
+		default:
+			t.note(Damage, dir, 0, `".." points to cluster %d, want %d`, c, want)
+		}
+	}
+}
+
+// visit follows the chain of one entry and walks into it when it is a directory.
+func (t *Tree) visit(n *Node, depth int) error {
+	v := t.vol
+	first := slotCluster(v.geo.Type, n.Entry.short())
+	bad := func(c Cluster, format string, a ...any) {
+		n.err = fmt.Errorf(format, a...)
+		t.note(Damage, n, c, format, a...)
+	}
+	if n.IsDir() {
+		if depth > maxDepth {
+			bad(0, "directories nest deeper than %d levels", maxDepth)
+			return nil
+		}
+		if first == 0 {
+			bad(0, "the directory has no cluster")
+			return nil
+		}
+		if size := binary.LittleEndian.Uint32(n.Entry.short()[offFileSize:]); size != 0 {
+			t.note(Damage, n, 0, "the directory has a size of %d bytes, want 0", size)
+		}
+		runs, err := v.chain(first, v.maxDirClusters(), t.used)
+		if isIO(err) {
+			return err
+		}
+		n.Runs = runs
+		if err != nil {
+			bad(0, "%v", err)
+			return nil
+		}
+		return t.walk(n, depth)
+	}
+	cs := int64(v.geo.ClusterSize)
+	size := n.Entry.Size()
+	want := (size + cs - 1) / cs
+	switch {
+	case first == 0 && size == 0:
+		return nil
+	case first == 0:
+		bad(0, "the file has %d bytes and no cluster", size)
+		return nil
+	case size == 0:
+		bad(first, "the file is empty, but has a cluster")
+		// Its clusters stay out of Runs: nobody reads them, and nobody may take them for lost ones.
+		if _, err := v.chain(first, int64(v.geo.Clusters), t.used); isIO(err) {
+			return err
+		}
+		return nil
+	}
+	runs, err := v.chain(first, want, t.used)
+	if isIO(err) {
+		return err
+	}
+	n.Runs = runs
+	if err != nil {
+		bad(0, "%v (the file has %d bytes)", err, size)
+	} else if have := clustersIn(runs); have != want {
+		bad(0, "the file has %d bytes, its chain holds only %d clusters of %d", size, have, cs)
+	}
+	return nil
+}
