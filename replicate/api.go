@@ -1,0 +1,139 @@
+// Package replicate decides what is replicated and whether it is safe, and carries it out: sources, selection, diff by
+// content, the plan, and the orchestrator that takes one source to any number of targets.
+//
+// It ties the packages below it together, each of which knows nothing of the others: fatdriver plans and writes,
+// journal records, blockdev flushes.
+package replicate
+
+import (
+	"errors"
+	"log/slog"
+
+	"espmirror/blockdev"
+)
+
+var (
+	// ErrRefused is returned when a guard stopped the run for a target (or for all) before anything was written to it.
+	ErrRefused = errors.New("refused")
+
+	// ErrNeedsRecovery is returned by read-only operations on a volume that an interrupted run left behind.
+	ErrNeedsRecovery = errors.New("an interrupted run is unfinished")
+
+	// ErrEmptySelection is returned when nothing is selected on the source: replicating it would delete everything.
+	ErrEmptySelection = errors.New("the selection is empty on the source")
+
+	// ErrSource is returned when the source cannot be read or is damaged; nothing was committed to any target.
+	ErrSource = errors.New("the source cannot be replicated")
+)
+
+// Hint attaches to an error what a person should do next. It is printed on a line of its own.
+type Hint struct {
+	Err  error
+	Text string
+}
+
+func (h *Hint) Error() string { return h.Err.Error() }
+func (h *Hint) Unwrap() error { return h.Err }
+
+// Hint returns the text.
+func (h *Hint) Hint() string { return h.Text }
+
+// Target is one secondary, open for reading and writing over exactly its volume.
+type Target struct {
+	Name string // as the user knows it
+	Dev  blockdev.Device
+	// PartGUID is the partition's GUID in lower case, "" for a volume without a partition table. It is part of what
+	// binds a journal to its volume.
+	PartGUID string
+}
+
+// Selection says what is replicated. Paths are relative to the root of the volume, separated by slashes, matched
+// without regard to case. Empty Select means the default selection.
+type Selection struct {
+	Select  []string
+	Exclude []string // paths or patterns (path.Match); a pattern without a slash matches a name at any depth
+}
+
+// Options of a run.
+type Options struct {
+	Selection  Selection
+	DryRun     bool  // plan only; the devices may be read-only
+	KeepFree   int64 // bytes that must stay free at the peak
+	NoReadBack bool  // skip comparing what was written with what the medium holds
+	Log        *slog.Logger
+	Progress   func(Progress) // called from several goroutines, never concurrently for one target; may be nil
+}
+
+// Progress is one step of a run.
+type Progress struct {
+	Target string // "" for the source
+	Phase  string // "compare", "write", "read back", "commit", "free", "done"
+	Done   int64  // bytes
+	Total  int64  // bytes, 0 when not known
+}
+
+// Change is one difference between source and target, as a plan or a verification lists it.
+type Change struct {
+	Op   string // "create", "replace", "delete", "rename"; verify also "missing", "extra", "differs"
+	Path string
+	From string // the old path of a rename
+	Dir  bool
+	Size int64 // bytes of the new file, or of the one deleted
+}
+
+// Commit is one commit point of a plan.
+type Commit struct {
+	Path string // the directory entry that switches
+	Off  int64  // byte offset of the sector on the volume
+}
+
+// Summary is what a plan will do, or did, to a target: exact numbers, not estimates.
+type Summary struct {
+	Changes       []Change
+	Commits       []Commit
+	DataBytes     int64 // bytes of file content to write
+	BytesToWrite  int64 // all bytes to write, the journal included
+	Clusters      int64 // clusters to allocate
+	ClustersFreed int64 // clusters to free after the commit
+	FreeBytes     int64 // free now
+	FreeAfter     int64 // free afterwards
+	PeakNeeded    int64 // free bytes needed at the peak
+	Flushes       int
+}
+
+// Outcome says how a run ended for one target.
+type Outcome string
+
+// The outcomes of a run.
+const (
+	InSync  Outcome = "in sync" // there was nothing to do, and nothing was written
+	Synced  Outcome = "synced"
+	Differs Outcome = "differs" // a dry run or verification found differences
+	Failed  Outcome = "failed"
+	Refused Outcome = "refused" // a guard said no; nothing was written
+)
+
+// Result is what happened to one target.
+type Result struct {
+	Target    string
+	Outcome   Outcome
+	Summary   Summary
+	Recovered *Recovery // what was finished or rolled back first, nil when there was nothing
+	Err       error
+}
+
+// Recovery is what `recover` found and did.
+type Recovery struct {
+	// Action is "nothing to do", "rolled back", "rolled forward", "finished", or "stale" (the record no longer fits
+	// the volume, which was left alone).
+	Action        string
+	Reason        string // why a record is stale
+	FreedClusters int64  // clusters released that nobody can reach
+	FATsMended    int64  // sectors of other FAT copies made equal to copy 0
+	FSInfoFixed   bool
+}
+
+// Changed says whether anything was written.
+func (r *Recovery) Changed() bool {
+	return r != nil && (r.FreedClusters > 0 || r.FATsMended > 0 || r.FSInfoFixed || r.Action != "nothing to do" && r.Action != "stale")
+}
