@@ -273,6 +273,7 @@ func (tx *Tx) Commit(i int) error {
 	if err := tx.expect(i, tx.p.Blocks[i].Old, "before the commit"); err != nil {
 		return err
 	}
+	defer tx.v.fat.drop() // an extension commits in the FAT
 	return tx.put(tx.p.Blocks[i].New, tx.p.Blocks[i].Off)
 }
 
