@@ -67,14 +67,12 @@ func (f *Finder) find(spec string) (*Location, error) {
 	if err != nil {
 		return nil, err
 	}
-	if id.Block {
-		b, err := f.System.BlockByNum(id.Dev)
-		if err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return nil, err
-		}
-		if b.Disk != "" {
-			return f.partNode(spec, spec, b, id)
-		}
+	b, err := f.block(spec, id)
+	if err != nil {
+		return nil, err
+	}
+	if b.Disk != "" {
+		return f.partNode(spec, spec, b, id)
 	}
 	s, err := f.openSource(spec, spec)
 	if err != nil {
@@ -232,6 +230,15 @@ func (f *Finder) findTag(key, value string) (*Location, error) {
 		return l, err
 	}
 	problems = append(problems, unread...)
+	if key == "PARTUUID" {
+		known, err := f.known(value)
+		if err != nil {
+			return nil, err
+		}
+		if l, _, err := f.pick(known, fits); l != nil || err != nil {
+			return l, err
+		}
+	}
 	machine, more, err := f.machine()
 	if err != nil {
 		return nil, err
@@ -359,19 +366,17 @@ func (f *Finder) given() (all []*Location, problems []string, err error) {
 		if err != nil {
 			return nil, nil, fmt.Errorf("cannot look at %s: %w", path, err)
 		}
-		if id.Block {
-			b, err := f.System.BlockByNum(id.Dev)
-			if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		b, err := f.block(path, id)
+		if err != nil {
+			return nil, nil, err
+		}
+		if b.Disk != "" {
+			l, err := f.partNode(path, path, b, id)
+			if err != nil {
 				return nil, nil, err
 			}
-			if b.Disk != "" {
-				l, err := f.partNode(path, path, b, id)
-				if err != nil {
-					return nil, nil, err
-				}
-				all = append(all, l)
-				continue
-			}
+			all = append(all, l)
+			continue
 		}
 		ls, more, err := f.volumesOf(path)
 		if err != nil {
@@ -380,6 +385,37 @@ func (f *Finder) given() (all []*Location, problems []string, err error) {
 		all, problems = append(all, ls...), append(problems, more...)
 	}
 	return all, problems, nil
+}
+
+// known returns the partitions that the kernel itself knows by the PARTUUID, so that no other disk has to be opened.
+func (f *Finder) known(partUUID string) ([]*Location, error) {
+	blocks, err := f.System.Blocks()
+	if err != nil {
+		return nil, err
+	}
+	var all []*Location
+	for _, b := range blocks {
+		if b.Disk == "" || !strings.EqualFold(b.PartUUID, partUUID) || isQuiet(b.Name) {
+			continue
+		}
+		if disk, err := f.System.Block(b.Disk); err != nil || len(disk.Holders) > 0 {
+			continue
+		}
+		id, err := blockdev.Identify(b.Node)
+		if err != nil {
+			continue
+		}
+		// A partition that cannot be looked at is left to the search of all disks, which reports why.
+		if l, err := f.partNode("PARTUUID="+partUUID, b.Node, b, id); err == nil {
+			all = append(all, l)
+		}
+	}
+	return all, nil
+}
+
+// isQuiet says whether a device is one of those that are not opened unless they are named.
+func isQuiet(name string) bool {
+	return slices.ContainsFunc(quiet, func(prefix string) bool { return strings.HasPrefix(name, prefix) })
 }
 
 // quiet are the first letters of the names of devices that are never opened unless they are named: their content is
@@ -395,8 +431,7 @@ func (f *Finder) machine() (all []*Location, problems []string, err error) {
 	}
 	for _, b := range blocks {
 		// A disk with holders is a member of an array or a path of a multipath device, and shows what those show.
-		if b.Disk != "" || b.Size == 0 || b.Hidden || len(b.Holders) > 0 ||
-			slices.ContainsFunc(quiet, func(prefix string) bool { return strings.HasPrefix(b.Name, prefix) }) {
+		if b.Disk != "" || b.Size == 0 || b.Hidden || len(b.Holders) > 0 || isQuiet(b.Name) {
 			continue
 		}
 		ls, more, err := f.volumesOf(b.Node)

@@ -176,6 +176,31 @@ type source struct {
 	fs     string // what the whole device holds, when there is no table
 }
 
+// block returns what sysfs knows of the device at path; the zero Block when it is an image, or sysfs does not know it.
+func (f *Finder) block(path string, id blockdev.ID) (blockdev.Block, error) {
+	if !id.Block && f.System.Root == "" {
+		return blockdev.Block{}, nil
+	}
+	if !id.Block {
+		// The nodes of another root are files, and only their names tell what they stand for.
+		blocks, err := f.System.Blocks()
+		if err != nil {
+			return blockdev.Block{}, err
+		}
+		for _, b := range blocks {
+			if b.Node == path {
+				return b, nil
+			}
+		}
+		return blockdev.Block{}, nil
+	}
+	b, err := f.System.BlockByNum(id.Dev)
+	if errors.Is(err, fs.ErrNotExist) {
+		return blockdev.Block{}, nil
+	}
+	return b, err
+}
+
 // openSource looks at a disk or image and closes it again.
 func (f *Finder) openSource(spec, path string) (*source, error) {
 	d, err := blockdev.Open(path, blockdev.ReadOnly, blockdev.WithSystem(f.System))
@@ -184,12 +209,8 @@ func (f *Finder) openSource(spec, path string) (*source, error) {
 	}
 	defer d.Close()
 	s := &source{path: path, spec: spec, id: d.ID(), size: d.Size(), sector: d.SectorSize()}
-	if s.id.Block {
-		b, err := f.System.BlockByNum(s.id.Dev)
-		if err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return nil, err
-		}
-		s.block = b
+	if s.block, err = f.block(path, s.id); err != nil {
+		return nil, err
 	}
 	s.table, s.err = Read(d)
 	if s.err == nil {
