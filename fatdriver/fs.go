@@ -16,7 +16,8 @@ import (
 // gives the *Node. Times are UTC, as in Entry.ModTime.
 //
 // io/fs allows only UTF-8 in names, so an entry whose long name has unpaired surrogates appears under its short name.
-// A file or directory whose chain is damaged is listed; to read it is an error that wraps ErrDamaged.
+// A file or directory whose chain is damaged is listed; to read it is an error that wraps ErrDamaged. Of two entries
+// with one name, which is damage too, only the first is there, the one that readers of FAT find.
 //
 // The result does not see later changes of the tree, and is safe for concurrent use.
 func (t *Tree) FS() fs.FS {
