@@ -156,16 +156,24 @@ func (d *fileDev) ReadAt(p []byte, off int64) (int, error) {
 
 func (d *fileDev) WriteAt([]byte, int64) (int, error) { return 0, blockdev.ErrReadOnly }
 
-// tool skips the test, by the tool's name, where the tool is not installed.
-func tool(t testing.TB, name string) string {
-	t.Helper()
+// toolPath finds a program, "" where it is not installed.
+func toolPath(name string) string {
 	for _, p := range []string{name, "/usr/sbin/" + name, "/sbin/" + name} {
 		if path, err := exec.LookPath(p); err == nil {
 			return path
 		}
 	}
-	t.Skipf("%s is not installed", name)
 	return ""
+}
+
+// tool skips the test, by the tool's name, where the tool is not installed.
+func tool(t testing.TB, name string) string {
+	t.Helper()
+	path := toolPath(name)
+	if path == "" {
+		t.Skipf("%s is not installed", name)
+	}
+	return path
 }
 
 // mustFormat makes a volume in memory.
