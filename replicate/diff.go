@@ -39,7 +39,7 @@ func (r *run) compare(ctx context.Context, live []*side) error {
 		var nodes []*fatdriver.Node
 		for _, s := range live {
 			n := lookup(s.tree.Root, f.Path)
-			if s.res.Err != nil || n == nil || n.IsDir() || n.Size() != f.Size {
+			if n == nil || n.IsDir() || n.Size() != f.Size {
 				continue
 			}
 			if f.Size == 0 {

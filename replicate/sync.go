@@ -27,7 +27,7 @@ type run struct {
 type side struct {
 	t     *Target
 	dev   blockdev.Device // the target's device, or an overlay in a dry run
-	count *blockdev.Counter
+	count *blockdev.Counting
 	res   *Result
 	vol   *fatdriver.Volume
 	tree  *fatdriver.Tree
@@ -67,7 +67,7 @@ func Sync(ctx context.Context, src Source, targets []*Target, o Options) ([]Resu
 		return nil, err
 	}
 	each(sides, r.open)
-	if err := r.compare(ctx, sides); err != nil {
+	if err := r.compare(ctx, alive(sides)); err != nil {
 		return results, r.stop(sides, err)
 	}
 	each(sides, r.plan)
@@ -116,6 +116,17 @@ func each(sides []*side, f func(*side)) {
 	wg.Wait()
 }
 
+// alive lists the targets that have not failed.
+func alive(sides []*side) []*side {
+	var out []*side
+	for _, s := range sides {
+		if s.res.Err == nil {
+			out = append(out, s)
+		}
+	}
+	return out
+}
+
 // stop ends the run for all targets that have not failed or finished.
 func (r *run) stop(sides []*side, err error) error {
 	for _, s := range sides {
@@ -130,9 +141,9 @@ func (r *run) stop(sides []*side, err error) error {
 func (r *run) open(s *side) {
 	s.dev = s.t.Dev
 	if r.opt.DryRun {
-		s.dev = blockdev.Overlay(s.dev)
+		s.dev = blockdev.NewOverlay(s.dev)
 	}
-	s.count = blockdev.Counting(s.dev)
+	s.count = blockdev.NewCounting(s.dev)
 	s.dev = s.count
 	var err error
 	if s.vol, err = openTarget(s.dev); err != nil {
@@ -142,6 +153,12 @@ func (r *run) open(s *side) {
 	rec, err := recoverVolume(s.vol, r.log.With("target", s.t.Name), false)
 	if rec.Changed() || rec != nil && rec.Action == "stale" {
 		s.res.Recovered = rec
+	}
+	if err == nil && rec.Action == actStale {
+		// Recovery left everything as it was. What nobody reads can be put in order all the same.
+		if _, err = s.vol.MendFATs(); err == nil {
+			err = s.dev.Flush()
+		}
 	}
 	if err == nil {
 		err = r.scan(s)
@@ -251,7 +268,9 @@ func (r *run) makePlan(s *side) error {
 func (s *side) cluster() int64 { return int64(s.vol.Geometry().ClusterSize) }
 
 // lookupNode finds a directory again by its path after a rescan.
-func lookupNode(t *fatdriver.Tree, n *fatdriver.Node) *fatdriver.Node { return lookup(t.Root, n.Path()) }
+func lookupNode(t *fatdriver.Tree, n *fatdriver.Node) *fatdriver.Node {
+	return lookup(t.Root, n.Path())
+}
 
 // steps orders the commits: payload, then the loader entries that refer to it, then removals of payload, so that no
 // entry ever names a missing file. Where everything switches in one sector there is nothing to order.
@@ -364,7 +383,7 @@ func (r *run) summarize(s *side, log *journal.Log) error {
 		headers, flushes = headers+int64(n), flushes+n
 	}
 	payload := (int64(journal.Size(rec)) + header - 1) / header * header
-	sum.BytesToWrite = s.count.BytesWritten() + cost.Total() + headers*header + payload
+	sum.BytesToWrite = s.count.Counts().BytesWritten + cost.Total() + headers*header + payload
 	for _, run := range s.plan.Alloc() {
 		sum.Clusters += int64(run.Count)
 	}
@@ -373,7 +392,7 @@ func (r *run) summarize(s *side, log *journal.Log) error {
 	}
 	sum.FreeBytes, sum.FreeAfter = s.plan.FreeBefore()*cs, s.plan.FreeAfter()*cs
 	sum.PeakNeeded = sum.Clusters * cs
-	sum.Flushes = int(s.count.Flushes()) + cost.Flushes + flushes
+	sum.Flushes = int(s.count.Counts().Flushes) + cost.Flushes + flushes
 	s.res.Outcome = Differs
 	return nil
 }
@@ -419,7 +438,15 @@ type chunk struct {
 	file *Item
 	data []byte
 	last bool
-	refs *atomic.Int32
+	refs *atomic.Int32 // targets that have not taken it yet
+	pool chan []byte   // where the buffer goes when nobody needs it any more
+}
+
+// done gives the chunk back.
+func (c chunk) done() {
+	if c.refs.Add(-1) == 0 {
+		c.pool <- c.data[:cap(c.data)]
+	}
 }
 
 // feed is the way into one target.
@@ -477,7 +504,11 @@ func (r *run) build(ctx context.Context, sides []*side) error {
 
 // broadcast reads the source and hands its bytes to every target that needs them.
 func (r *run) broadcast(ctx context.Context, feeds []*feed, needed map[*Item]bool, total int64) error {
-	pool := sync.Pool{New: func() any { return make([]byte, chunkSize) }}
+	// A fixed number of buffers bounds the memory, and makes the source wait for the slowest target.
+	pool := make(chan []byte, buffers)
+	for range buffers {
+		pool <- make([]byte, chunkSize)
+	}
 	var done int64
 	for _, it := range r.selectedFiles() {
 		if !needed[it] {
@@ -499,7 +530,7 @@ func (r *run) broadcast(ctx context.Context, feeds []*feed, needed map[*Item]boo
 				rd.Close()
 				return err
 			}
-			buf := pool.Get().([]byte)
+			buf := <-pool
 			k := min(left, chunkSize)
 			if _, err := io.ReadFull(rd, buf[:k]); err != nil {
 				rd.Close()
@@ -509,16 +540,18 @@ func (r *run) broadcast(ctx context.Context, feeds []*feed, needed map[*Item]boo
 			refs := &atomic.Int32{}
 			refs.Store(int32(len(to)))
 			for _, f := range to {
-				f.ch <- chunk{it, buf[:k], left == 0, refs}
+				f.ch <- chunk{it, buf[:k], left == 0, refs, pool}
 			}
 			done += k
 			r.progress(Progress{Phase: "write", Done: done, Total: total})
-			_ = refs
 		}
 		rd.Close()
 	}
 	return nil
 }
+
+// buffers is how many chunks of the source are under way at once.
+const buffers = 8
 
 // errAborted is how a target learns that the source failed or the run was cancelled.
 var errAborted = errors.New("the run was stopped")
@@ -530,7 +563,8 @@ func (r *run) transact(ctx context.Context, f *feed, aborted *atomic.Bool) (err 
 	tx := s.plan.Begin()
 	committing := false
 	defer func() {
-		for range f.ch { // let the source go on to the other targets
+		for c := range f.ch { // let the source go on to the other targets
+			c.done()
 		}
 		if err == nil {
 			s.res.Outcome = Synced
@@ -631,7 +665,9 @@ func receive(f *feed, tx *fatdriver.Tx) error {
 		if c.file != cur {
 			cur, w = c.file, tx.File(f.files[c.file])
 		}
-		if _, err := w.Write(c.data); err != nil {
+		_, err := w.Write(c.data)
+		c.done()
+		if err != nil {
 			return err
 		}
 		if c.last {
