@@ -1,0 +1,112 @@
+package blockdev
+
+import (
+	"fmt"
+	"sync"
+)
+
+// overlayPage is the unit of copying, in bytes: a page of the system's own cache.
+const overlayPage = 4096
+
+// Overlay is a device whose writes stay in memory: reads see them, the device below does not. A dry run is the real run
+// on an Overlay.
+type Overlay struct {
+	below   Device
+	mu      sync.RWMutex
+	pages   map[int64][]byte // by offset / overlayPage
+	written int64
+}
+
+// NewOverlay returns an overlay over d.
+func NewOverlay(d Device) *Overlay { return &Overlay{below: d, pages: map[int64][]byte{}} }
+
+// Written returns the number of bytes passed to WriteAt so far; a byte written twice counts twice.
+func (o *Overlay) Written() int64 {
+	o.mu.RLock()
+	defer o.mu.RUnlock()
+	return o.written
+}
+
+// Size implements Device.
+func (o *Overlay) Size() int64 { return o.below.Size() }
+
+// SectorSize implements Device.
+func (o *Overlay) SectorSize() int { return o.below.SectorSize() }
+
+// PhysicalSectorSize implements Device.
+func (o *Overlay) PhysicalSectorSize() int { return o.below.PhysicalSectorSize() }
+
+// Flush implements Device; there is nothing to make stable.
+func (o *Overlay) Flush() error { return nil }
+
+// Invalidate implements Device. The writes are not a cache, and stay.
+func (o *Overlay) Invalidate() error { return o.below.Invalidate() }
+
+// ReadAt implements Device. A failed read reports no bytes: what it left in p is a mixture.
+func (o *Overlay) ReadAt(p []byte, off int64) (int, error) {
+	if err := CheckRange(off, len(p), o.Size()); err != nil {
+		return 0, err
+	}
+	o.mu.RLock()
+	defer o.mu.RUnlock()
+	// Runs of pages that were never written are read in one go. A page that was written is not read from below, where
+	// it may be unreadable.
+	for at := 0; at < len(p); {
+		page := (off + int64(at)) / overlayPage
+		in := int((off + int64(at)) % overlayPage)
+		if own, ok := o.pages[page]; ok {
+			at += copy(p[at:], own[in:])
+			continue
+		}
+		end := at + overlayPage - in
+		for next := page + 1; end < len(p); next++ {
+			if _, ok := o.pages[next]; ok {
+				break
+			}
+			end += overlayPage
+		}
+		end = min(end, len(p))
+		if _, err := o.below.ReadAt(p[at:end], off+int64(at)); err != nil {
+			return 0, err
+		}
+		at = end
+	}
+	return len(p), nil
+}
+
+// WriteAt implements Device. It fails only when it is out of range, or when a page that p covers in part cannot be read
+// from below; then nothing of p is visible.
+func (o *Overlay) WriteAt(p []byte, off int64) (int, error) {
+	if err := CheckRange(off, len(p), o.Size()); err != nil {
+		return 0, err
+	}
+	if len(p) == 0 {
+		return 0, nil
+	}
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	first, last := off/overlayPage, (off+int64(len(p))-1)/overlayPage
+	fresh := map[int64][]byte{}
+	for page := first; page <= last; page++ {
+		if _, ok := o.pages[page]; ok {
+			continue
+		}
+		start := page * overlayPage
+		own := make([]byte, min(overlayPage, o.Size()-start))
+		if start < off || start+int64(len(own)) > off+int64(len(p)) {
+			if _, err := o.below.ReadAt(own, start); err != nil {
+				return 0, fmt.Errorf("cannot copy page at offset 0x%x: %w", start, err)
+			}
+		}
+		fresh[page] = own
+	}
+	for page, own := range fresh {
+		o.pages[page] = own
+	}
+	for done := 0; done < len(p); {
+		at := off + int64(done)
+		done += copy(o.pages[at/overlayPage][at%overlayPage:], p[done:])
+	}
+	o.written += int64(len(p))
+	return len(p), nil
+}
