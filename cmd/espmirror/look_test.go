@@ -1,0 +1,8 @@
+package main
+
+import (
+	"io"
+)
+
+// fakeTerminal makes every stream a terminal.
+func fakeTerminal(io.Writer) int { return 80 }
