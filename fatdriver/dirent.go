@@ -331,7 +331,8 @@ func parseDir(t Type, raw []byte, isRoot bool) *parsedDir {
 		e.Index = from
 		e.Group = append([]byte(nil), raw[from*slotSize:(i+1)*slotSize]...)
 		if why := badShortName(s); why != "" {
-			note(i, true, "short name %q %s", s[:11], why)
+			// Windows gives encrypted files such a short name on purpose. With a long name every reader goes by that.
+			note(i, e.Name == "", "short name %q %s", s[:11], why)
 		}
 		if e.Name == "" {
 			e.Name = displayShort(s)

@@ -202,3 +202,27 @@ func (b bitmap) runs() []Run {
 	}
 	return out
 }
+
+// Subtract returns the clusters of a that are not in b. Both are ascending and disjoint, and so is the result.
+func Subtract(a, b []Run) []Run {
+	var out []Run
+	for _, r := range a {
+		lo, hi := uint64(r.First), uint64(r.First)+uint64(r.Count)
+		for len(b) > 0 && uint64(b[0].First)+uint64(b[0].Count) <= lo {
+			b = b[1:]
+		}
+		for _, x := range b {
+			if uint64(x.First) >= hi {
+				break
+			}
+			if uint64(x.First) > lo {
+				out = append(out, Run{Cluster(lo), uint32(uint64(x.First) - lo)})
+			}
+			lo = min(hi, max(lo, uint64(x.First)+uint64(x.Count)))
+		}
+		if lo < hi {
+			out = append(out, Run{Cluster(lo), uint32(hi - lo)})
+		}
+	}
+	return out
+}

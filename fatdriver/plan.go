@@ -14,11 +14,11 @@ type Want struct {
 	Dir  bool
 
 	// Have is what the volume has already: the file whose data clusters are kept, or the directory whose slot is. Without
-	// a Template its slots are kept byte for byte.
+	// a Template and under the same Name, its slots are kept byte for byte.
 	Have *Node
 	// Template holds slots, from this or another volume, that give name, short name, attributes and times.
 	Template []byte
-	// Meta gives attributes and times when there is neither Have nor Template.
+	// Meta gives attributes and times when there is no Template and the entry is new or has another name.
 	Meta Meta
 
 	Size       int64 // bytes of a new file
@@ -516,7 +516,7 @@ func (pl *planner) shadow(w *Want, parent, near Cluster, path string) (Cluster, 
 	// What is there already keeps its short names; new entries find theirs around them.
 	for pass := 0; pass < 2; pass++ {
 		for i, c := range w.Children {
-			kept := c.Have != nil && c.Template == nil
+			kept := c.Have != nil && c.Template == nil && c.Name == c.Have.Name()
 			if kept != (pass == 0) {
 				continue
 			}

@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"encoding/binary"
 	"fmt"
+
+	"espmirror/blockdev"
 )
 
 // MendFATs makes the other FAT copies equal to copy 0, which is the one that firmware and Linux read. It returns the
@@ -163,11 +165,68 @@ func (v *Volume) PlausibleDir(img []byte) bool {
 	return true
 }
 
-// Extent is where the content of a contiguous file lies, in bytes on the volume. It returns false when the file is in
-// several runs or empty.
-func (t *Tree) Extent(n *Node) (off, size int64, ok bool) {
-	if n.IsDir() || n.err != nil || len(n.Runs) != 1 {
-		return 0, 0, false
+// fileDevice is the content of a file as a device: its clusters in the order of its chain.
+type fileDevice struct {
+	blockdev.Device
+	v    *Volume
+	runs []Run
+	size int64
+}
+
+// FileDevice returns the content of a file as a bounded device that can be written in place; nothing else of the volume
+// can be reached through it. It is for files that are ours alone, as the journal is.
+func (t *Tree) FileDevice(n *Node) (blockdev.Device, error) {
+	if n.IsDir() || n.err != nil || len(n.Runs) == 0 {
+		return nil, fmt.Errorf("cannot open %s for writing in place: it is not a whole file", n.Path())
 	}
-	return t.vol.geo.ClusterOff(n.Runs[0].First), n.Size(), true
+	return &fileDevice{Device: t.vol.dev, v: t.vol, runs: n.Runs, size: n.Size()}, nil
+}
+
+func (d *fileDevice) Size() int64 { return d.size }
+
+// each calls f for each contiguous part of [off, off+len(p)).
+func (d *fileDevice) each(p []byte, off int64, f func(part []byte, at int64) error) (int, error) {
+	if err := blockdev.CheckRange(off, len(p), d.size); err != nil {
+		return 0, err
+	}
+	done := 0
+	cs := int64(d.v.geo.ClusterSize)
+	for _, r := range d.runs {
+		size := int64(r.Count) * cs
+		if off >= size {
+			off -= size
+			continue
+		}
+		if len(p) == 0 {
+			break
+		}
+		k := min(int64(len(p)), size-off)
+		if err := f(p[:k], d.v.geo.ClusterOff(r.First)+off); err != nil {
+			return done, err
+		}
+		p, off, done = p[k:], 0, done+int(k)
+	}
+	return done, nil
+}
+
+// ReadAt implements blockdev.Device.
+func (d *fileDevice) ReadAt(p []byte, off int64) (int, error) {
+	return d.each(p, off, func(part []byte, at int64) error { _, err := d.v.dev.ReadAt(part, at); return err })
+}
+
+// WriteAt implements blockdev.Device.
+func (d *fileDevice) WriteAt(p []byte, off int64) (int, error) {
+	return d.each(p, off, func(part []byte, at int64) error { _, err := d.v.dev.WriteAt(part, at); return err })
+}
+
+// ReadCluster reads the first n bytes of a cluster, whoever it belongs to.
+func (v *Volume) ReadCluster(c Cluster, n int) ([]byte, error) {
+	if !v.geo.valid(c) || n > v.geo.ClusterSize {
+		return nil, fmt.Errorf("cannot read cluster %d: outside 2…%d", c, v.geo.MaxCluster())
+	}
+	b := make([]byte, n)
+	if _, err := v.dev.ReadAt(b, v.geo.ClusterOff(c)); err != nil {
+		return nil, fmt.Errorf("cannot read cluster %d at offset 0x%x: %w", c, v.geo.ClusterOff(c), err)
+	}
+	return b, nil
 }

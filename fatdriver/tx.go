@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"hash"
+	"slices"
 )
 
 // ErrChanged is returned when the volume is not as the plan found it, or the medium does not hold what was written.
@@ -310,32 +311,42 @@ func (p *Plan) Alloc() []Run { return p.allocRuns }
 // Freed lists the clusters that the plan frees after the last commit, ascending. The result must not be changed.
 func (p *Plan) Freed() []Run { return p.freeRuns }
 
-// Objects lists the first clusters of the new directories and files, in the order in which Digest takes them.
-func (p *Plan) Objects() []Cluster {
-	var out []Cluster
-	for _, d := range p.dirs {
-		out = append(out, firstOf(d.runs))
+// objects are the new directories and files by ascending first cluster, with the hashes of their clusters.
+func (tx *Tx) objects() (firsts []Cluster, sums map[Cluster][32]byte) {
+	sums = map[Cluster][32]byte{}
+	for _, d := range tx.p.dirs {
+		sums[firstOf(d.runs)] = sha256.Sum256(d.image)
 	}
-	for _, f := range p.Files {
+	for _, f := range tx.p.Files {
 		if len(f.Runs) > 0 {
-			out = append(out, firstOf(f.Runs))
+			sums[firstOf(f.Runs)] = f.sum
 		}
 	}
-	return out
+	for c := range sums {
+		firsts = append(firsts, c)
+	}
+	slices.Sort(firsts)
+	return firsts, sums
+}
+
+// Objects lists the first clusters of the new directories and files as ascending runs: what Digest is made of.
+func (p *Plan) Objects() []Run {
+	firsts, _ := p.Begin().objects()
+	var runs []Run
+	for _, c := range firsts {
+		runs = appendCluster(runs, c)
+	}
+	return runs
 }
 
 // Digest is a hash over the content of all new directories and files, once they are written. DigestOf works out the
 // same from the medium alone.
 func (tx *Tx) Digest() [32]byte {
 	h := sha256.New()
-	for _, d := range tx.p.dirs {
-		sum := sha256.Sum256(d.image)
+	firsts, sums := tx.objects()
+	for _, c := range firsts {
+		sum := sums[c]
 		h.Write(sum[:])
-	}
-	for _, f := range tx.p.Files {
-		if len(f.Runs) > 0 {
-			h.Write(f.sum[:])
-		}
 	}
 	var sum [32]byte
 	h.Sum(sum[:0])
@@ -344,21 +355,23 @@ func (tx *Tx) Digest() [32]byte {
 
 // DigestOf follows the chains that begin at the given clusters and hashes their content. An error means that a chain is
 // not whole, or that the medium cannot be read.
-func (v *Volume) DigestOf(objects []Cluster) ([32]byte, error) {
+func (v *Volume) DigestOf(objects []Run) ([32]byte, error) {
 	var sum [32]byte
 	h := sha256.New()
 	buf := make([]byte, spoolSize)
 	used := newBitmap(&v.geo)
-	for _, c := range objects {
-		runs, err := v.chain(c, int64(v.geo.Clusters), used)
-		if err != nil {
-			return sum, err
+	for _, o := range objects {
+		for i := uint32(0); i < o.Count; i++ {
+			runs, err := v.chain(o.First+Cluster(i), int64(v.geo.Clusters), used)
+			if err != nil {
+				return sum, err
+			}
+			one, err := v.hashRuns(runs, buf, nil)
+			if err != nil {
+				return sum, err
+			}
+			h.Write(one[:])
 		}
-		one, err := v.hashRuns(runs, buf, nil)
-		if err != nil {
-			return sum, err
-		}
-		h.Write(one[:])
 	}
 	h.Sum(sum[:0])
 	return sum, nil

@@ -1,0 +1,560 @@
+package replicate
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"path"
+	"sort"
+	"strings"
+	"sync"
+
+	"espmirror/fatdriver"
+)
+
+// chunkSize is how much of a file is read at a time.
+const chunkSize = 1 << 20
+
+// matches says for source files which file of one target has the same content, by the target's path. It outlives a
+// rescan of the target, which paths do and nodes do not.
+type matches map[*Item]string
+
+// compare finds out which selected files the targets have already, by content. Each source file is read once, in step
+// with all targets that have a file of the same name and size, and no further than the first difference with all of
+// them. Files that no target has under their name are then looked for under another one in the same selected directory.
+func (r *run) compare(ctx context.Context, live []*side) error {
+	files := r.selectedFiles()
+	var total, done int64
+	for _, f := range files {
+		total += f.Size
+	}
+	for _, f := range files {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		var cand []*side
+		var nodes []*fatdriver.Node
+		for _, s := range live {
+			n := lookup(s.tree.Root, f.Path)
+			if n == nil || n.IsDir() || n.Size() != f.Size {
+				continue
+			}
+			if f.Size == 0 {
+				s.match[f] = n.Path()
+				continue
+			}
+			cand, nodes = append(cand, s), append(nodes, n)
+		}
+		if len(cand) > 0 {
+			if err := r.lockstep(f, cand, nodes); err != nil {
+				return err
+			}
+		}
+		done += f.Size
+		r.progress(Progress{Phase: "compare", Done: done, Total: total})
+	}
+	for _, s := range live {
+		if s.res.Err == nil {
+			if err := r.renames(s); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// selectedFiles lists the files of the source below all anchors, in the order of the tree.
+func (r *run) selectedFiles() []*Item {
+	var out []*Item
+	for _, a := range r.sel.anchors {
+		if it := r.src.Root().lookup(a); it != nil {
+			r.walkItems(it, func(f *Item) { out = append(out, f) })
+		}
+	}
+	return out
+}
+
+// walkItems calls f for each selected file of an item.
+func (r *run) walkItems(it *Item, f func(*Item)) {
+	if r.sel.excluded(it.Path) || it.Err != nil {
+		return
+	}
+	if !it.Dir {
+		f(it)
+	}
+	for _, c := range it.Children {
+		r.walkItems(c, f)
+	}
+}
+
+// lockstep compares one source file with the files that targets have in its place.
+func (r *run) lockstep(f *Item, cand []*side, nodes []*fatdriver.Node) error {
+	rd, err := r.src.Open(f)
+	if err != nil {
+		return fmt.Errorf("%w: cannot read %s: %w", ErrSource, f.Path, err)
+	}
+	defer rd.Close()
+	readers := make([]io.Reader, len(cand))
+	for i, s := range cand {
+		sr, err := s.tree.Open(nodes[i])
+		if err != nil {
+			s.fail(err)
+			continue
+		}
+		readers[i] = sr
+	}
+	src := make([]byte, min(chunkSize, f.Size))
+	for at := int64(0); at < f.Size; {
+		k := min(int64(len(src)), f.Size-at)
+		if _, err := io.ReadFull(rd, src[:k]); err != nil {
+			return fmt.Errorf("%w: cannot read %s: %w", ErrSource, f.Path, shrunk(err))
+		}
+		var wg sync.WaitGroup
+		left := 0
+		for i := range cand {
+			if readers[i] == nil {
+				continue
+			}
+			left++
+			wg.Add(1)
+			go func() {
+				defer wg.Done()
+				if len(cand[i].buf) < int(k) {
+					cand[i].buf = make([]byte, chunkSize)
+				}
+				buf := cand[i].buf[:k]
+				if _, err := io.ReadFull(readers[i], buf); err != nil {
+					cand[i].fail(fmt.Errorf("cannot read %s: %w", f.Path, err))
+					readers[i] = nil
+				} else if !bytes.Equal(buf, src[:k]) {
+					readers[i] = nil
+				}
+			}()
+		}
+		wg.Wait()
+		if left == 0 {
+			return nil
+		}
+		at += k
+	}
+	for i, s := range cand {
+		if readers[i] != nil {
+			s.match[f] = nodes[i].Path()
+		}
+	}
+	return nil
+}
+
+// shrunk words an early end as what it is.
+func shrunk(err error) error {
+	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
+		return errors.New("it became shorter while it was read")
+	}
+	return err
+}
+
+// renames looks for files that a target has under another name: same selected directory, same size, same content.
+func (r *run) renames(s *side) error {
+	for _, a := range r.sel.anchors {
+		n, it := lookup(s.tree.Root, a), r.src.Root().lookup(a)
+		if n == nil || it == nil || !n.IsDir() || !it.Dir || r.sel.excluded(a) {
+			continue
+		}
+		taken := map[string]bool{}
+		var missing []*Item
+		r.walkItems(it, func(f *Item) {
+			if p, ok := s.match[f]; ok {
+				taken[p] = true
+			} else if f.Size > 0 {
+				missing = append(missing, f)
+			}
+		})
+		bySize := map[int64][]*fatdriver.Node{}
+		r.walkNodes(n, a, func(c *fatdriver.Node) {
+			if !taken[c.Path()] {
+				bySize[c.Size()] = append(bySize[c.Size()], c)
+			}
+		})
+		hashes := map[*fatdriver.Node][32]byte{}
+		for _, f := range missing {
+			if len(bySize[f.Size]) == 0 {
+				continue
+			}
+			want, err := r.hash(f)
+			if err != nil {
+				return err
+			}
+			for i, c := range bySize[f.Size] {
+				have, ok := hashes[c]
+				if !ok {
+					sr, err := s.tree.Open(c)
+					if err == nil {
+						have, err = hashReader(sr, c.Size())
+					}
+					if err != nil {
+						s.fail(fmt.Errorf("cannot read %s: %w", c.Path(), err))
+						return nil
+					}
+					hashes[c] = have
+				}
+				if have == want {
+					s.match[f] = c.Path()
+					bySize[f.Size] = append(bySize[f.Size][:i:i], bySize[f.Size][i+1:]...)
+					break
+				}
+			}
+		}
+	}
+	return nil
+}
+
+// walkNodes calls f for each file of a target that is selected.
+func (r *run) walkNodes(n *fatdriver.Node, at string, f func(*fatdriver.Node)) {
+	if r.sel.excluded(at) {
+		return
+	}
+	if !n.IsDir() {
+		f(n)
+	}
+	for _, c := range n.Children {
+		r.walkNodes(c, path.Join(at, c.Name()), f)
+	}
+}
+
+// hash returns the SHA-256 of a source file, worked out once for all targets.
+func (r *run) hash(f *Item) ([32]byte, error) {
+	if h, ok := r.hashes[f]; ok {
+		return h, nil
+	}
+	rd, err := r.src.Open(f)
+	if err != nil {
+		return [32]byte{}, fmt.Errorf("%w: cannot read %s: %w", ErrSource, f.Path, err)
+	}
+	defer rd.Close()
+	h, err := hashReader(rd, f.Size)
+	if err != nil {
+		return h, fmt.Errorf("%w: cannot read %s: %w", ErrSource, f.Path, err)
+	}
+	r.hashes[f] = h
+	return h, nil
+}
+
+func hashReader(r io.Reader, size int64) (sum [32]byte, err error) {
+	h := sha256.New()
+	if _, err := io.CopyN(h, r, size); err != nil {
+		return sum, shrunk(err)
+	}
+	h.Sum(sum[:0])
+	return sum, nil
+}
+
+// lookup finds a path by long names alone: an alias of one file is not the name of another.
+func lookup(n *fatdriver.Node, p string) *fatdriver.Node {
+	for _, name := range fatdriver.SplitPath(p) {
+		if n = childNode(n, name); n == nil {
+			return nil
+		}
+	}
+	return n
+}
+
+func childNode(n *fatdriver.Node, name string) *fatdriver.Node {
+	if c := n.Child(name); c != nil && fatdriver.Fold(c.Name()) == fatdriver.Fold(name) {
+		return c
+	}
+	return nil
+}
+
+// switchPoint is an anchor with what the order of commits depends on.
+type switchPoint struct {
+	fatdriver.Anchor
+	path   string
+	loader bool // holds loader entries: committed after what they refer to
+}
+
+// wants builds what a target is to look like, one switch point for each selected directory or file. It is pure: the
+// same tree and matches give the same result, so it can be repeated after a rescan. noRenames leaves out matches under
+// another name.
+func (r *run) wants(s *side, noRenames bool) ([]switchPoint, []Change, error) {
+	b := &wantBuilder{r: r, s: s, noRenames: noRenames}
+	anchors := r.sel.anchors
+	if r.sel.everything() {
+		anchors = append([]string(nil), anchors...)
+		for _, c := range s.tree.Root.Children {
+			if !r.sel.covers(c.Name()) {
+				anchors = append(anchors, c.Name())
+			}
+		}
+	}
+	var out []switchPoint
+	created := map[string]*fatdriver.Want{} // topmost missing directory, folded → what is wanted there
+	for _, a := range anchors {
+		if r.sel.excluded(a) {
+			continue
+		}
+		it := r.src.Root().lookup(a)
+		parts := fatdriver.SplitPath(a)
+		parent := s.tree.Root
+		at := 0
+		for ; at < len(parts)-1; at++ {
+			c := childNode(parent, parts[at])
+			if c == nil {
+				break
+			}
+			if !c.IsDir() {
+				if it == nil {
+					break
+				}
+				return nil, nil, fmt.Errorf("%w: %s is a file on the target, and a directory on the source", ErrRefused, c.Path())
+			}
+			parent = c
+		}
+		loader := fatdriver.Fold(parts[0]) == "LOADER"
+		if at == len(parts)-1 {
+			old := childNode(parent, parts[at])
+			w, err := b.top(it, old, a)
+			if err != nil {
+				return nil, nil, err
+			}
+			if old != nil || w != nil {
+				out = append(out, switchPoint{fatdriver.Anchor{Parent: parent, Old: old, New: w}, a, loader})
+			}
+			continue
+		}
+		if it == nil {
+			continue // neither side has it
+		}
+		// A directory above the anchor is missing: it is made together with all that is selected below it.
+		w, err := b.want(it, nil)
+		if err != nil {
+			return nil, nil, err
+		}
+		top := strings.Join(parts[:at+1], "/")
+		dir := created[fatdriver.Fold(top)]
+		if dir == nil {
+			dir = b.plainDir(top)
+			created[fatdriver.Fold(top)] = dir
+			out = append(out, switchPoint{fatdriver.Anchor{Parent: parent, New: dir}, top, loader})
+		}
+		for i := at + 1; i < len(parts)-1; i++ {
+			var next *fatdriver.Want
+			for _, c := range dir.Children {
+				if fatdriver.Fold(c.Name) == fatdriver.Fold(parts[i]) {
+					next = c
+				}
+			}
+			if next == nil {
+				next = b.plainDir(strings.Join(parts[:i+1], "/"))
+				dir.Children = append(dir.Children, next)
+			}
+			dir = next
+		}
+		dir.Children = append(dir.Children, w)
+	}
+	sort.SliceStable(b.changes, func(i, j int) bool { return b.changes[i].Path < b.changes[j].Path })
+	return out, b.changes, nil
+}
+
+type wantBuilder struct {
+	r         *run
+	s         *side
+	noRenames bool
+	changes   []Change
+	from      map[string]bool // paths that were renamed away
+}
+
+func (b *wantBuilder) change(op, p, from string, dir bool, size int64) {
+	b.changes = append(b.changes, Change{Op: op, Path: p, From: from, Dir: dir, Size: size})
+}
+
+// plainDir wants a new directory with the name and times that the source has for it.
+func (b *wantBuilder) plainDir(p string) *fatdriver.Want {
+	it := b.r.src.Root().lookup(p)
+	b.change("create", it.Path, "", true, 0)
+	return &fatdriver.Want{Name: it.Name, Dir: true, Template: it.Template, Meta: it.Meta}
+}
+
+// top wants an anchor: it is the item, or what must remain of old when the source has no such item.
+func (b *wantBuilder) top(it *Item, old *fatdriver.Node, at string) (*fatdriver.Want, error) {
+	b.from = map[string]bool{}
+	if it != nil {
+		b.r.walkItems(it, func(f *Item) {
+			if p, ok := b.match(f); ok && p != f.Path {
+				b.from[p] = true
+			}
+		})
+	}
+	if it == nil {
+		if old == nil {
+			return nil, nil
+		}
+		return b.retain(old, at), nil
+	}
+	return b.wantAs(it, old, true)
+}
+
+// match is the path of the target's file that has the content of f.
+func (b *wantBuilder) match(f *Item) (string, bool) {
+	p, ok := b.s.match[f]
+	if ok && b.noRenames && fatdriver.Fold(p) != fatdriver.Fold(f.Path) {
+		return "", false
+	}
+	return p, ok
+}
+
+// want turns an item into what is wanted; old is what the target has in its place.
+func (b *wantBuilder) want(it *Item, old *fatdriver.Node) (*fatdriver.Want, error) {
+	return b.wantAs(it, old, false)
+}
+
+// wantAs is want; an anchor keeps the case of the name that the target has for it, as its directory stays.
+func (b *wantBuilder) wantAs(it *Item, old *fatdriver.Node, anchor bool) (*fatdriver.Want, error) {
+	if it.Err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrSource, it.Err)
+	}
+	w := &fatdriver.Want{Name: it.Name, Dir: it.Dir, Template: it.Template, Meta: it.Meta}
+	if !it.Dir {
+		w.Size, w.Content = it.Size, it
+		p, ok := b.match(it)
+		switch {
+		case !ok && old == nil:
+			b.change("create", it.Path, "", false, it.Size)
+		case !ok:
+			b.change("replace", it.Path, "", false, it.Size)
+		default:
+			w.Have, w.Content = lookup(b.s.tree.Root, p), nil
+			if w.Have == nil {
+				return nil, fmt.Errorf("internal error: %s vanished from the target", p)
+			}
+			if w.Have == old && (anchor || old.Name() == it.Name) {
+				w.Name, w.Template = old.Name(), nil // nothing about it changes
+			} else {
+				b.change("rename", it.Path, p, false, it.Size)
+			}
+		}
+		if old != nil && old.IsDir() {
+			b.gone(old, it.Path)
+		}
+		return w, nil
+	}
+	if old != nil && !old.IsDir() {
+		old = nil
+	}
+	if old == nil {
+		b.change("create", it.Path, "", true, 0)
+	} else {
+		w.Have = old
+		if anchor || old.Name() == it.Name {
+			w.Name, w.Template = old.Name(), nil
+		} else {
+			b.change("rename", it.Path, old.Path(), true, 0)
+		}
+	}
+	placed := map[*Item]bool{}
+	add := func(c *Item, n *fatdriver.Node) error {
+		cw, err := b.want(c, n)
+		if err == nil {
+			w.Children = append(w.Children, cw)
+			placed[c] = true
+		}
+		return err
+	}
+	if old != nil {
+		for _, n := range old.Children {
+			p := path.Join(it.Path, n.Name())
+			c := it.child(n.Name())
+			switch {
+			case b.r.sel.excluded(p):
+				w.Children = append(w.Children, fatdriver.Carry(n))
+			case c == nil:
+				if keep := b.retain(n, p); keep != nil {
+					w.Children = append(w.Children, keep)
+				}
+			default:
+				if err := add(c, n); err != nil {
+					return nil, err
+				}
+			}
+		}
+	}
+	for _, c := range it.Children {
+		if !placed[c] && !b.r.sel.excluded(c.Path) {
+			if err := add(c, nil); err != nil {
+				return nil, err
+			}
+		}
+	}
+	return w, nil
+}
+
+// retain wants what must stay of a node that the source does not have: the excluded parts, with the directories that
+// hold them. nil means that all of it goes.
+func (b *wantBuilder) retain(n *fatdriver.Node, at string) *fatdriver.Want {
+	if !n.IsDir() {
+		if !b.from[n.Path()] {
+			b.change("delete", at, "", false, n.Size())
+		}
+		return nil
+	}
+	w := &fatdriver.Want{Name: n.Name(), Dir: true, Have: n}
+	for _, c := range n.Children {
+		p := path.Join(at, c.Name())
+		if b.r.sel.excluded(p) {
+			w.Children = append(w.Children, fatdriver.Carry(c))
+		} else if keep := b.retain(c, p); keep != nil {
+			w.Children = append(w.Children, keep)
+		}
+	}
+	if len(w.Children) == 0 {
+		b.change("delete", at, "", true, 0)
+		return nil
+	}
+	return w
+}
+
+// gone notes that everything below a directory goes because a file takes its place.
+func (b *wantBuilder) gone(n *fatdriver.Node, at string) {
+	for _, c := range n.Children {
+		p := path.Join(at, c.Name())
+		if c.IsDir() {
+			b.gone(c, p)
+		}
+		if !b.from[c.Path()] {
+			b.change("delete", p, "", c.IsDir(), c.Size())
+		}
+	}
+}
+
+// union wants everything that final has and, besides, what old has and final has not: the state in which neither old nor
+// new loader entries miss a file. It is final itself when nothing is removed.
+func union(final *fatdriver.Want, old *fatdriver.Node) *fatdriver.Want {
+	if !final.Dir || !old.IsDir() || final.Have != old {
+		return final
+	}
+	have := map[string]bool{}
+	changed := false
+	u := *final
+	u.Children = nil
+	for _, c := range final.Children {
+		have[fatdriver.Fold(c.Name)] = true
+		uc := c
+		if c.Dir && c.Have != nil {
+			uc = union(c, c.Have)
+		}
+		changed = changed || uc != c
+		u.Children = append(u.Children, uc)
+	}
+	for _, n := range old.Children {
+		if !have[fatdriver.Fold(n.Name())] {
+			u.Children = append(u.Children, fatdriver.Carry(n))
+			changed = true
+		}
+	}
+	if !changed {
+		return final
+	}
+	return &u
+}

@@ -1,0 +1,318 @@
+package replicate
+
+import (
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/binary"
+	"errors"
+	"fmt"
+
+	"espmirror/blockdev"
+	"espmirror/fatdriver"
+	"espmirror/journal"
+)
+
+// Where espmirror keeps what is its own on a secondary.
+const (
+	stateDir    = "EFI/espmirror"
+	journalPath = stateDir + "/journal"
+)
+
+func newID(id *[16]byte) error {
+	_, err := rand.Read(id[:])
+	return err
+}
+
+func journalRuns(runs []fatdriver.Run) []journal.Run {
+	out := make([]journal.Run, len(runs))
+	for i, r := range runs {
+		out[i] = journal.Run{First: uint32(r.First), Count: r.Count}
+	}
+	return out
+}
+
+func volumeRuns(runs []journal.Run) []fatdriver.Run {
+	out := make([]fatdriver.Run, len(runs))
+	for i, r := range runs {
+		out[i] = fatdriver.Run{First: fatdriver.Cluster(r.First), Count: r.Count}
+	}
+	return out
+}
+
+func newBlock(b fatdriver.Block, single bool) journal.Block {
+	nb := journal.Block{Off: b.Off, Old: sha256.Sum256(b.Old), New: b.New}
+	if single {
+		// With the old image a torn commit sector is recognised for what it is and can be put back.
+		nb.OldImage = b.Old
+	}
+	return nb
+}
+
+// binding ties a journal to its volume and to its place on it. The partition's GUID is not in it: the same volume must
+// be recoverable as a partition of a disk whose table is broken, and as a copy of itself, and rule R checks all that a
+// record relies on anyway.
+func binding(v *fatdriver.Volume, runs []fatdriver.Run) journal.Binding {
+	h := sha256.New()
+	fmt.Fprintf(h, "espmirror journal binding 1\n")
+	h.Write(v.Identity())
+	g := v.Geometry()
+	var b [8]byte
+	put := func(n uint64) {
+		binary.LittleEndian.PutUint64(b[:], n)
+		h.Write(b[:])
+	}
+	put(uint64(g.TotalSectors))
+	for _, r := range runs {
+		put(uint64(r.First))
+		put(uint64(r.Count))
+	}
+	var out journal.Binding
+	h.Sum(out[:0])
+	return out
+}
+
+// findJournal opens the journal of a scanned volume. It returns nil without an error when there is none, or when what
+// is there is too small to be one.
+func findJournal(v *fatdriver.Volume, tree *fatdriver.Tree) (*journal.Log, blockdev.Device, journal.Binding, error) {
+	n := lookup(tree.Root, journalPath)
+	if n == nil || n.IsDir() || n.Size() < journal.MinSize {
+		return nil, nil, journal.Binding{}, nil
+	}
+	dev, err := tree.FileDevice(n)
+	if err != nil {
+		return nil, nil, journal.Binding{}, nil
+	}
+	bind := binding(v, n.Runs)
+	log, err := journal.Open(dev, v.Geometry().SectorSize, bind)
+	return log, dev, bind, err
+}
+
+// journalOf opens the journal of a target for a new transaction. One that belongs to another volume, or is damaged,
+// holds nothing that can be acted on, and is made anew; one of a newer version is left alone. nil without an error
+// means that there is none yet.
+func (r *run) journalOf(s *side) (*journal.Log, error) {
+	log, dev, bind, err := findJournal(s.vol, s.tree)
+	if errors.Is(err, journal.ErrVersion) {
+		return nil, fmt.Errorf("%w: %w", ErrRefused, err)
+	}
+	if errors.Is(err, journal.ErrBinding) || errors.Is(err, journal.ErrInvalid) {
+		return journal.Reinit(dev, s.vol.Geometry().SectorSize, bind)
+	}
+	return log, err
+}
+
+// journalSize is the size in bytes of the journal of a volume: headers, some commit sectors, and three sets of clusters
+// (taken, given up, new objects), of which the worst kind, every other cluster, costs a bit for each cluster.
+func journalSize(g fatdriver.Geometry) int64 {
+	set := int64(g.Clusters)/8 + 64
+	size := journal.PayloadOffset + 16<<10 + 16*2*int64(g.SectorSize) + 3*set
+	size = min(max(size, journal.MinSize), 1<<20)
+	cs := int64(g.ClusterSize)
+	return (size + cs - 1) / cs * cs
+}
+
+// journalAnchor wants the journal file, with the directories that are missing above it.
+func journalAnchor(tree *fatdriver.Tree, size int64, contiguous bool) (fatdriver.Anchor, *fatdriver.Want) {
+	file := &fatdriver.Want{
+		Name: "journal", Size: size, Contiguous: contiguous,
+		Meta: fatdriver.Meta{Attr: fatdriver.AttrReadOnly | fatdriver.AttrHidden | fatdriver.AttrSystem},
+	}
+	top := file
+	parent := tree.Root
+	if efi := childNode(parent, "EFI"); efi != nil && efi.IsDir() {
+		parent = efi
+		if own := childNode(efi, "espmirror"); own != nil && own.IsDir() {
+			return fatdriver.Anchor{Parent: own, Old: childNode(own, "journal"), New: file}, file
+		}
+	} else {
+		top = &fatdriver.Want{Name: "espmirror", Dir: true, Children: []*fatdriver.Want{file}}
+		return fatdriver.Anchor{Parent: parent, Old: efi, New: &fatdriver.Want{Name: "EFI", Dir: true, Children: []*fatdriver.Want{top}}}, file
+	}
+	top = &fatdriver.Want{Name: "espmirror", Dir: true, Children: []*fatdriver.Want{file}}
+	return fatdriver.Anchor{Parent: parent, Old: childNode(parent, "espmirror"), New: top}, file
+}
+
+// planJournal plans the creation of the journal, in one run of clusters where there is one long enough.
+func planJournal(s *side) (*fatdriver.Plan, error) {
+	size := journalSize(s.vol.Geometry())
+	var plan *fatdriver.Plan
+	var err error
+	for _, contiguous := range []bool{true, false} {
+		an, _ := journalAnchor(s.tree, size, contiguous)
+		if an.Old != nil && an.New.Dir {
+			return nil, fmt.Errorf("%w: %s is a file, and the journal needs a directory there", ErrRefused, an.Old.Path())
+		}
+		if plan, err = s.tree.NewPlan([]fatdriver.Step{{an}}, 0); err == nil || !errors.Is(err, fatdriver.ErrNoSpace) {
+			break
+		}
+	}
+	return plan, err
+}
+
+// roomWithJournal refuses when the plan and the journal do not fit together, before the journal is created.
+func (r *run) roomWithJournal(s *side, plan *fatdriver.Plan) error {
+	jp, err := planJournal(s)
+	var need *fatdriver.ErrNeedSlots
+	if errors.As(err, &need) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("cannot create the journal: %w", err)
+	}
+	cs := s.cluster()
+	want := (clusters(plan.Alloc()) + clusters(jp.Alloc())) * cs
+	if free := plan.FreeBefore() * cs; want+r.opt.KeepFree > free {
+		return fmt.Errorf("%w: %d bytes are needed at the peak, the journal included, %d are free: %d bytes short", fatdriver.ErrNoSpace, want, free, want+r.opt.KeepFree-free)
+	}
+	return nil
+}
+
+func clusters(runs []fatdriver.Run) int64 {
+	var n int64
+	for _, r := range runs {
+		n += int64(r.Count)
+	}
+	return n
+}
+
+// createJournal makes the journal file on first use. There is no journal yet to say so, hence the order: the content
+// goes first, and every cluster of it bears a stamp; only then are the clusters allocated; then comes the directory
+// entry. After a cut in between, recovery knows the lost clusters as ours by the stamp.
+func (r *run) createJournal(s *side) error {
+	plan, err := planJournal(s)
+	var need *fatdriver.ErrNeedSlots
+	if errors.As(err, &need) {
+		if err := extend(s, nil, need.Dir); err != nil {
+			return err
+		}
+		return r.scan(s)
+	}
+	if err != nil {
+		return fmt.Errorf("cannot create the journal: %w", err)
+	}
+	file := plan.Files[0]
+	content, err := journalContent(s.vol, file, plan.Alloc())
+	if err != nil {
+		return fmt.Errorf("cannot create the journal: %w", err)
+	}
+	tx := plan.Begin()
+	w := tx.File(file)
+	if _, err = w.Write(content); err == nil {
+		err = w.Close()
+	}
+	if err == nil {
+		err = tx.WriteDirs()
+	}
+	if err == nil {
+		// The stamps must be on the medium before the clusters are taken: without them nobody could tell whose they are.
+		err = tx.Flush()
+	}
+	if err == nil {
+		err = tx.WriteFAT()
+	}
+	if err == nil {
+		// The file must be whole before its directory entry is.
+		err = tx.Flush()
+	}
+	if err == nil && !r.opt.NoReadBack {
+		err = tx.ReadBack(nil)
+	}
+	for i := 0; i < len(plan.Blocks) && err == nil; i++ {
+		if err = tx.Commit(i); err == nil {
+			err = tx.Flush()
+		}
+		if err == nil {
+			err = tx.Committed(i)
+		}
+	}
+	if err == nil {
+		err = tx.Free() // a file that was there and was no journal
+	}
+	if err == nil {
+		err = tx.Finish()
+	}
+	if err == nil {
+		err = tx.Flush()
+	}
+	if err != nil {
+		return fmt.Errorf("cannot create the journal: %w", err)
+	}
+	r.log.Info("created the journal", "target", s.t.Name, "bytes", file.Want.Size)
+	return r.scan(s)
+}
+
+// journalContent is a new journal file. What a header does not need is filled with copies of the first one, so that
+// each cluster says what it belongs to and which clusters the creation took (slot B stays empty).
+func journalContent(v *fatdriver.Volume, f *fatdriver.NewFile, alloc []fatdriver.Run) ([]byte, error) {
+	g := v.Geometry()
+	creation := journalRuns(alloc)
+	if len(creation) > journal.MaxCreationRuns {
+		creation = creation[:journal.MaxCreationRuns]
+	}
+	content, err := journal.Format(int(f.Want.Size), g.SectorSize, binding(v, f.Runs), creation)
+	if err != nil {
+		return nil, err
+	}
+	stamp := content[:journal.HeaderSize]
+	for at := g.ClusterSize; at < len(content); at += g.ClusterSize {
+		if at/max(g.SectorSize, journal.HeaderSize) != journal.SlotB/max(g.SectorSize, journal.HeaderSize) {
+			copy(content[at:], stamp)
+		}
+	}
+	return content, nil
+}
+
+// extend makes a directory longer by a cluster, under the journal's protection where there is one.
+func extend(s *side, log *journal.Log, dir *fatdriver.Node) error {
+	plan, err := s.tree.NewExtension(dir)
+	if err != nil {
+		return err
+	}
+	if log != nil {
+		rec, err := record(plan)
+		if err != nil {
+			return err
+		}
+		if err := log.Prepare(rec); err != nil {
+			return err
+		}
+	}
+	tx := plan.Begin()
+	err = tx.WriteDirs()
+	if err == nil {
+		err = tx.WriteFAT()
+	}
+	if err == nil {
+		err = tx.Flush()
+	}
+	if err == nil {
+		err = tx.ReadBack(nil)
+	}
+	for i := 0; i < len(plan.Blocks) && err == nil; i++ {
+		if log != nil && len(plan.Blocks) > 1 {
+			err = log.Advance(i, tx.Digest())
+		}
+		if err == nil {
+			err = tx.Commit(i)
+		}
+		if err == nil {
+			err = tx.Flush()
+		}
+		if err == nil {
+			err = tx.Committed(i)
+		}
+	}
+	if err == nil {
+		err = tx.Finish()
+	}
+	if err == nil && log != nil {
+		err = log.Done()
+	}
+	if err == nil {
+		err = tx.Flush()
+	}
+	if err != nil {
+		return fmt.Errorf("cannot make directory /%s longer: %w", dir.Path(), err)
+	}
+	return nil
+}

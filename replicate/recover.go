@@ -1,0 +1,381 @@
+package replicate
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"log/slog"
+
+	"espmirror/blockdev"
+	"espmirror/fatdriver"
+	"espmirror/journal"
+)
+
+// The actions that a Recovery reports.
+const (
+	actNothing = "nothing to do"
+	actBack    = "rolled back"
+	actForward = "rolled forward"
+	actFinish  = "finished"
+	actStale   = "stale"
+)
+
+// RecoverOptions of a recovery.
+type RecoverOptions struct {
+	Options
+	Reclaim bool // free all lost clusters, whoever lost them
+}
+
+// Recover finishes or rolls back what a power cut interrupted on a target: the tree that readers see becomes clean in
+// its books, and where several entries were being switched, the rest of them follow. It can be interrupted anywhere
+// itself, and a second one writes nothing.
+func Recover(ctx context.Context, t *Target, o RecoverOptions) (*Recovery, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	if o.Log == nil {
+		o.Log = slog.New(slog.DiscardHandler)
+	}
+	dev := t.Dev
+	if o.DryRun {
+		dev = blockdev.NewOverlay(dev)
+	}
+	v, err := openTarget(dev)
+	if err != nil {
+		return nil, fmt.Errorf("cannot recover %s: %w", t.Name, err)
+	}
+	rec, err := recoverVolume(v, o.Log.With("target", t.Name), o.Reclaim)
+	if err != nil {
+		return rec, fmt.Errorf("cannot recover %s: %w", t.Name, err)
+	}
+	return rec, nil
+}
+
+// Pending says whether an interrupted run left a volume to be recovered. It writes nothing.
+func Pending(t *Target) (bool, error) {
+	v, err := fatdriver.Open(t.Dev)
+	if err != nil {
+		return false, fmt.Errorf("cannot look at %s: %w", t.Name, err)
+	}
+	tree, err := v.Scan()
+	if err != nil {
+		return false, fmt.Errorf("cannot look at %s: %w", t.Name, err)
+	}
+	log, _, _, err := findJournal(v, tree)
+	if err != nil || log == nil {
+		return false, nil
+	}
+	return log.Status().State != journal.Idle, nil
+}
+
+// recoverVolume is R1 to R6. The volume was opened with its caches dropped.
+func recoverVolume(v *fatdriver.Volume, log *slog.Logger, reclaim bool) (*Recovery, error) {
+	rec := &Recovery{Action: actNothing}
+	if err := v.Refresh(); err != nil {
+		return rec, err
+	}
+	// R1: what copy 0 shows is the old tree or the new one.
+	tree, err := v.Scan()
+	if err != nil {
+		return rec, err
+	}
+	jl, _, _, jerr := findJournal(v, tree)
+	switch {
+	case errors.Is(jerr, journal.ErrVersion):
+		return rec, fmt.Errorf("%w: %w", ErrRefused, jerr)
+	case errors.Is(jerr, journal.ErrBinding):
+		rec.Action, rec.Reason = actStale, jerr.Error()
+		jl = nil
+	case errors.Is(jerr, journal.ErrInvalid):
+		rec.Action, rec.Reason = actStale, jerr.Error()
+		jl = nil
+	case jerr != nil:
+		return rec, jerr
+	}
+	var pending *journal.Record
+	if jl != nil {
+		pending, err = jl.Pending()
+		if errors.Is(err, journal.ErrPayload) {
+			rec.Action, rec.Reason = actStale, err.Error()
+			log.Warn("the journal's record cannot be used", "err", err)
+			return rec, discard(v, jl)
+		}
+		if err != nil {
+			return rec, err
+		}
+	}
+	decision := journal.Decision{Action: journal.Nothing}
+	if pending != nil {
+		if decision, err = decide(v, tree, jl, pending); err != nil {
+			return rec, err
+		}
+		log.Info("found an unfinished transaction", "id", fmt.Sprintf("%x", pending.ID[:4]), "decision", decision.Action.String(), "reason", decision.Reason)
+	}
+	if decision.Action == journal.Stale {
+		// Rule R: somebody else wrote in between. The volume is readable as it is, and the record is of no more use.
+		rec.Action, rec.Reason = actStale, decision.Reason
+		log.Warn("the journal's record is stale: nothing is done about it", "reason", decision.Reason)
+		return rec, discard(v, jl)
+	}
+	if decision.Damaged {
+		// The commit sector itself is garbage: only the record's image of it makes the tree whole again, and nothing
+		// else is looked at before.
+		if err := repair(v, pending, decision); err != nil {
+			return rec, err
+		}
+	}
+	if decision.Action == journal.RollForward {
+		if err := forward(v, jl, pending, decision); err != nil {
+			return rec, err
+		}
+	}
+	if decision.Damaged || decision.Action == journal.RollForward {
+		if tree, err = rescan(v); err != nil {
+			return rec, err
+		}
+	}
+	if err := tree.Damage(); err != nil {
+		return rec, err
+	}
+	// R2: nobody reads the other copies, but fsck compares them. Before anything is freed, so that a cut in between
+	// leaves copies that are each consistent.
+	mended, err := v.MendFATs()
+	if err != nil {
+		return rec, err
+	}
+	if rec.FATsMended = mended / int64(v.Geometry().SectorSize); mended > 0 {
+		if err := v.Device().Flush(); err != nil {
+			return rec, err
+		}
+	}
+	// R3: what the record took or gave up, and nobody can reach.
+	var sets [][]fatdriver.Run
+	if pending != nil {
+		sets = append(sets, volumeRuns(pending.Alloc), volumeRuns(pending.Free))
+	}
+	lost, err := tree.Lost()
+	if err != nil {
+		return rec, err
+	}
+	if len(lost) > 0 {
+		switch {
+		case reclaim:
+			sets = append(sets, lost)
+		case jl == nil:
+			stamped, err := stampedClusters(v, lost)
+			if err != nil {
+				return rec, err
+			}
+			sets = append(sets, stamped)
+		}
+		if rec.FreedClusters, err = tree.Release(sets...); err != nil {
+			return rec, err
+		}
+		if rec.FreedClusters > 0 {
+			if err := v.Device().Flush(); err != nil {
+				return rec, err
+			}
+		}
+	}
+	// R4.
+	if rec.FSInfoFixed, err = v.MendFSInfo(); err != nil {
+		return rec, err
+	}
+	if rec.FSInfoFixed {
+		if err := v.Device().Flush(); err != nil {
+			return rec, err
+		}
+	}
+	// R6: only now may the record go.
+	if pending != nil {
+		switch decision.Action {
+		case journal.RollBack:
+			rec.Action = actBack
+		case journal.RollForward:
+			rec.Action = actForward
+		default:
+			rec.Action = actFinish
+		}
+		if err := discard(v, jl); err != nil {
+			return rec, err
+		}
+	} else if rec.FreedClusters > 0 && rec.Action == actNothing {
+		rec.Action = actBack
+	} else if (rec.FATsMended > 0 || rec.FSInfoFixed) && rec.Action == actNothing {
+		rec.Action = actFinish
+	}
+	v.Refresh()
+	return rec, nil
+}
+
+// rescan reads the tree from the medium again.
+func rescan(v *fatdriver.Volume) (*fatdriver.Tree, error) {
+	if err := v.Refresh(); err != nil {
+		return nil, err
+	}
+	return v.Scan()
+}
+
+// discard closes the record.
+func discard(v *fatdriver.Volume, jl *journal.Log) error {
+	if err := jl.Done(); err != nil {
+		return err
+	}
+	return v.Device().Flush()
+}
+
+// decide applies rule R: the commit sectors tell how far the transaction came, and what rolling forward relies on is
+// checked against the record.
+func decide(v *fatdriver.Volume, tree *fatdriver.Tree, jl *journal.Log, rec *journal.Record) (journal.Decision, error) {
+	g := v.Geometry()
+	inFAT := func(off int64) bool {
+		return off >= g.FATOff && off < g.FATOff+int64(g.NumFATs)*g.FATSize
+	}
+	plausible := v.PlausibleDir
+	for _, b := range rec.Blocks {
+		if b.Off < g.FATOff || b.Off+int64(len(b.New)) > g.Size() {
+			return journal.Decision{Action: journal.Stale, Reason: fmt.Sprintf("block at offset 0x%x is outside the FATs and directories", b.Off)}, nil
+		}
+		if inFAT(b.Off) {
+			plausible = nil
+		}
+	}
+	st := jl.Status()
+	read := func(off int64, n int) ([]byte, error) {
+		b := make([]byte, n)
+		_, err := v.Device().ReadAt(b, off)
+		return b, err
+	}
+	d, err := journal.Decide(rec, st, read, plausible)
+	if err != nil || d.Action != journal.RollForward {
+		return d, err
+	}
+	// Rolling forward makes the new content reachable, so it must be what the record says.
+	if st.State != journal.Committing {
+		return journal.Decision{Action: journal.Stale, Reason: "the new content was never confirmed, and an entry has switched"}, nil
+	}
+	sum, err := v.DigestOf(volumeRuns(rec.Base))
+	if err != nil || sum != st.Digest {
+		reason := "the new files are no longer what the record says"
+		if err != nil {
+			reason += ": " + err.Error()
+		}
+		return journal.Decision{Action: journal.Stale, Reason: reason}, nil
+	}
+	return d, nil
+}
+
+// repair rewrites a commit sector that a cut turned to garbage.
+func repair(v *fatdriver.Volume, rec *journal.Record, d journal.Decision) error {
+	b := rec.Blocks[d.From]
+	img := b.New
+	if d.Action == journal.RollBack {
+		if img = b.OldImage; img == nil {
+			return fmt.Errorf("internal error: no old image for the sector at offset 0x%x", b.Off)
+		}
+	}
+	if _, err := v.Device().WriteAt(img, b.Off); err != nil {
+		return fmt.Errorf("cannot repair commit sector at offset 0x%x: %w", b.Off, err)
+	}
+	return v.Device().Flush()
+}
+
+// forward commits the blocks that are still old, in order, as the transaction would have.
+func forward(v *fatdriver.Volume, jl *journal.Log, rec *journal.Record, d journal.Decision) error {
+	for i := d.From; i < len(rec.Blocks); i++ {
+		if err := jl.Advance(i, jl.Status().Digest); err != nil {
+			return err
+		}
+		b := rec.Blocks[i]
+		if _, err := v.Device().WriteAt(b.New, b.Off); err != nil {
+			return fmt.Errorf("cannot write commit sector at offset 0x%x: %w", b.Off, err)
+		}
+		// The next entry may switch only when this one has.
+		if err := v.Device().Flush(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// stampedClusters finds lost clusters that the creation of a journal left behind: each cluster of the file begins with
+// a header that says so, and that lists the directories that were made with it.
+func stampedClusters(v *fatdriver.Volume, lost []fatdriver.Run) ([]fatdriver.Run, error) {
+	var own []fatdriver.Run
+	done := map[uint32]bool{}
+	g := v.Geometry()
+	stamp := func(c fatdriver.Cluster) (journal.Header, bool, error) {
+		b, err := v.ReadCluster(c, journal.HeaderSize)
+		if err != nil {
+			return journal.Header{}, false, err
+		}
+		h, err := journal.DecodeHeader(b)
+		return h, err == nil, nil
+	}
+	take := func(h journal.Header) {
+		for _, r := range h.Creation {
+			if !done[r.First] && uint64(r.First)+uint64(r.Count) <= uint64(g.MaxCluster())+1 && r.First >= 2 {
+				own = append(own, fatdriver.Run{First: fatdriver.Cluster(r.First), Count: r.Count})
+			}
+			done[r.First] = true
+		}
+	}
+	for _, r := range lost {
+		for i := uint32(0); i < r.Count; i++ {
+			c := r.First + fatdriver.Cluster(i)
+			h, ok, err := stamp(c)
+			if err != nil {
+				return nil, err
+			}
+			if ok {
+				take(h)
+				own = append(own, fatdriver.Run{First: c, Count: 1})
+				continue
+			}
+			// A directory that was made for the journal: follow its last entry, one or two levels down.
+			next := c
+			for range 2 {
+				b, err := v.ReadCluster(next, 128)
+				if err != nil {
+					return nil, err
+				}
+				if next = ownChild(v, b, next); next == 0 {
+					break
+				}
+				if h, ok, err = stamp(next); err != nil {
+					return nil, err
+				}
+				if ok {
+					take(h)
+					break
+				}
+			}
+		}
+	}
+	return own, nil
+}
+
+// ownChild looks at the beginning of a cluster that may be a directory with a single entry, and returns that entry's
+// first cluster, or 0.
+func ownChild(v *fatdriver.Volume, b []byte, self fatdriver.Cluster) fatdriver.Cluster {
+	g := v.Geometry()
+	first := func(s []byte) fatdriver.Cluster {
+		c := fatdriver.Cluster(binary.LittleEndian.Uint16(s[26:]))
+		if g.Type == fatdriver.FAT32 {
+			c |= fatdriver.Cluster(binary.LittleEndian.Uint16(s[20:])) << 16
+		}
+		return c
+	}
+	if string(b[:11]) != ".          " || first(b) != self || string(b[32:43]) != "..         " {
+		return 0
+	}
+	s := b[64:96]
+	if s[11] == 0x0F {
+		s = b[96:128]
+	}
+	if c := first(s); c >= 2 && c <= g.MaxCluster() && s[0] != 0 {
+		return c
+	}
+	return 0
+}

@@ -1,0 +1,213 @@
+package replicate
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path"
+	"sort"
+
+	"espmirror/fatdriver"
+)
+
+// Item is a file or directory of a source.
+type Item struct {
+	Name     string
+	Path     string // slash-separated, relative to the root; "" for the root
+	Dir      bool
+	Size     int64 // bytes
+	Children []*Item
+
+	// Template holds the slots of the entry when the source is a FAT volume: names, attributes and times go over as they
+	// are. Otherwise Meta says what is known.
+	Template []byte
+	Meta     fatdriver.Meta
+
+	// Err says why the item cannot be replicated: it is a symbolic link, a device, or has a name that FAT cannot hold. It
+	// matters only when the item is selected.
+	Err error
+
+	node *fatdriver.Node
+}
+
+// Source is what is replicated: a tree that was read whole when it was opened, and whose files can be read.
+type Source interface {
+	Name() string
+	Root() *Item
+	// Open returns the content of a file. Reading a volume's file several times gives the same bytes; a directory is
+	// live, and a file that changes while it is read fails the run by its size.
+	Open(it *Item) (io.ReadCloser, error)
+	Close() error
+}
+
+// child finds an entry of a directory without regard to case.
+func (it *Item) child(name string) *Item {
+	k := fatdriver.Fold(name)
+	for _, c := range it.Children {
+		if fatdriver.Fold(c.Name) == k {
+			return c
+		}
+	}
+	return nil
+}
+
+// lookup finds a path below the item; nil when there is none.
+func (it *Item) lookup(p string) *Item {
+	for _, name := range fatdriver.SplitPath(p) {
+		if it = it.child(name); it == nil {
+			return nil
+		}
+	}
+	return it
+}
+
+type volumeSource struct {
+	name string
+	tree *fatdriver.Tree
+	root *Item
+}
+
+// OpenVolumeSource takes a FAT volume as the source. It returns ErrSource when the volume's tree is damaged: a broken
+// primary is not replicated. The caller closes the device.
+func OpenVolumeSource(name string, v *fatdriver.Volume) (Source, error) {
+	tree, err := v.Scan()
+	if err != nil {
+		return nil, fmt.Errorf("%w: %s: %w", ErrSource, name, err)
+	}
+	if err := tree.Damage(); err != nil {
+		return nil, &Hint{fmt.Errorf("%w: %s: %w", ErrSource, name, err), fmt.Sprintf("run `espmirror check %s` to see every finding", name)}
+	}
+	return &volumeSource{name, tree, volumeItem(tree.Root, "")}, nil
+}
+
+func volumeItem(n *fatdriver.Node, at string) *Item {
+	it := &Item{Name: n.Name(), Path: at, Dir: n.IsDir(), Size: n.Size(), node: n}
+	if n.Entry != nil {
+		it.Template = n.Entry.Group
+	}
+	for _, c := range n.Children {
+		it.Children = append(it.Children, volumeItem(c, path.Join(at, c.Name())))
+	}
+	return it
+}
+
+func (s *volumeSource) Name() string { return s.name }
+func (s *volumeSource) Root() *Item  { return s.root }
+func (s *volumeSource) Close() error { return nil }
+
+func (s *volumeSource) Open(it *Item) (io.ReadCloser, error) {
+	r, err := s.tree.Open(it.node)
+	if err != nil {
+		return nil, err
+	}
+	return io.NopCloser(r), nil
+}
+
+type dirSource struct {
+	name string
+	root *os.Root
+	tree *Item
+}
+
+// OpenDirSource takes a directory of the running system as the source: the mounted primary, or a tree that an image
+// build made. Nothing outside it is read, whatever its symbolic links say.
+func OpenDirSource(dir string) (Source, error) {
+	r, err := os.OpenRoot(dir)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrSource, err)
+	}
+	s := &dirSource{name: dir, root: r}
+	if s.tree, err = s.read("", nil); err != nil {
+		r.Close()
+		return nil, fmt.Errorf("%w: %s: %w", ErrSource, dir, err)
+	}
+	return s, nil
+}
+
+// maxSourceDepth bounds how deep a directory source may nest, as fatdriver bounds it for volumes.
+const maxSourceDepth = 250
+
+func (s *dirSource) read(at string, e fs.DirEntry) (*Item, error) {
+	it := &Item{Path: at, Dir: true}
+	if e != nil {
+		it.Name, it.Dir = e.Name(), e.IsDir()
+		info, err := e.Info()
+		if err != nil {
+			return nil, err
+		}
+		it.Size = info.Size()
+		it.Meta = fatdriver.Meta{Modified: info.ModTime(), Created: info.ModTime(), Accessed: info.ModTime()}
+		if info.Mode()&0o200 == 0 && !it.Dir {
+			it.Meta.Attr |= fatdriver.AttrReadOnly
+		}
+		if !it.Dir {
+			it.Meta.Attr |= fatdriver.AttrArchive
+		}
+		switch {
+		case it.Dir:
+			it.Size = 0
+		case !info.Mode().IsRegular():
+			it.Err = fmt.Errorf("cannot replicate %s: it is %s, which FAT cannot hold", at, kindOf(info.Mode()))
+			return it, nil
+		case it.Size > 1<<32-1:
+			it.Err = fmt.Errorf("cannot replicate %s: it has %d bytes, FAT holds at most %d", at, it.Size, int64(1<<32-1))
+		}
+		if err := fatdriver.CheckName(it.Name); err != nil && it.Err == nil {
+			it.Err = fmt.Errorf("cannot replicate %s: %w", at, err)
+		}
+	}
+	if !it.Dir {
+		return it, nil
+	}
+	if len(fatdriver.SplitPath(at)) > maxSourceDepth {
+		it.Err = fmt.Errorf("cannot replicate %s: directories nest deeper than %d levels", at, maxSourceDepth)
+		return it, nil
+	}
+	d, err := s.root.Open(path.Join(".", at))
+	if err != nil {
+		return nil, err
+	}
+	entries, err := d.ReadDir(-1)
+	d.Close()
+	if err != nil {
+		return nil, err
+	}
+	sort.Slice(entries, func(i, j int) bool { return entries[i].Name() < entries[j].Name() })
+	seen := map[string]string{}
+	for _, e := range entries {
+		c, err := s.read(path.Join(at, e.Name()), e)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // gone since the directory was read
+		}
+		if err != nil {
+			return nil, err
+		}
+		k := fatdriver.Fold(c.Name)
+		if other, ok := seen[k]; ok && c.Err == nil {
+			c.Err = fmt.Errorf("cannot replicate %s: FAT takes its name for that of %s", c.Path, other)
+		}
+		seen[k] = c.Path
+		it.Children = append(it.Children, c)
+	}
+	return it, nil
+}
+
+func kindOf(m fs.FileMode) string {
+	switch {
+	case m&fs.ModeSymlink != 0:
+		return "a symbolic link"
+	case m&fs.ModeNamedPipe != 0:
+		return "a named pipe"
+	case m&fs.ModeSocket != 0:
+		return "a socket"
+	}
+	return "a device"
+}
+
+func (s *dirSource) Name() string { return s.name }
+func (s *dirSource) Root() *Item  { return s.tree }
+func (s *dirSource) Close() error { return s.root.Close() }
+
+func (s *dirSource) Open(it *Item) (io.ReadCloser, error) { return s.root.Open(it.Path) }

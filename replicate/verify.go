@@ -1,0 +1,64 @@
+package replicate
+
+import (
+	"context"
+	"fmt"
+
+	"espmirror/blockdev"
+	"espmirror/fatdriver"
+)
+
+// Verify reads every selected byte of the source and of the targets and reports what differs. It writes nothing. A
+// target that an interrupted run left behind is compared as readers see it, and reported with ErrNeedsRecovery when it
+// is otherwise the same.
+func Verify(ctx context.Context, src Source, targets []*Target, o Options) ([]Result, error) {
+	r, results, sides, err := begin(src, targets, o)
+	if err != nil {
+		return nil, err
+	}
+	each(sides, func(s *side) {
+		s.dev = blockdev.NewOverlay(s.t.Dev)
+		if err := r.look(s); err != nil {
+			s.fail(fmt.Errorf("cannot verify %s: %w", s.t.Name, err))
+		}
+	})
+	if err := r.compare(ctx, alive(sides)); err != nil {
+		return results, r.stop(sides, err)
+	}
+	each(sides, func(s *side) {
+		_, changes, err := r.wants(s, false)
+		if err != nil {
+			s.fail(fmt.Errorf("cannot verify %s: %w", s.t.Name, err))
+			return
+		}
+		words := map[string]string{"create": "missing", "replace": "differs", "delete": "extra", "rename": "differs"}
+		for i := range changes {
+			changes[i].Op = words[changes[i].Op]
+		}
+		s.res.Summary.Changes = changes
+		s.res.Outcome = InSync
+		if len(changes) > 0 {
+			s.res.Outcome = Differs
+		}
+		pending, err := Pending(s.t)
+		if err == nil && pending {
+			err = fmt.Errorf("%s: %w", s.t.Name, ErrNeedsRecovery)
+		}
+		if err != nil {
+			s.fail(&Hint{err, fmt.Sprintf("run `espmirror recover %s`", s.t.Name)})
+		}
+	})
+	return results, nil
+}
+
+// look opens and walks a target for reading.
+func (r *run) look(s *side) error {
+	if err := s.dev.Invalidate(); err != nil {
+		return fmt.Errorf("cannot drop caches: %w", err)
+	}
+	var err error
+	if s.vol, err = fatdriver.Open(s.dev); err != nil {
+		return err
+	}
+	return r.scan(s)
+}
