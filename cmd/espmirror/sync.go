@@ -1,0 +1,253 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"strings"
+
+	"github.com/urfave/cli/v2"
+
+	"espmirror/blockdev"
+	"espmirror/replicate"
+)
+
+func (inv *invocation) syncCommand() *cli.Command {
+	return &cli.Command{
+		Name:  "sync",
+		Usage: "make the selected files of each target those of the primary",
+		UsageText: "espmirror sync [OPTIONS] --primary VOLUME --target VOLUME [--target VOLUME]...\n" +
+			"espmirror sync --dry-run --primary VOLUME --target VOLUME",
+		Description: "An interrupted earlier run is finished first. A power cut at any moment leaves on each target the old\n" +
+			"files or the new ones. With --dry-run the whole plan is printed, and nothing is written.",
+		Flags: append(append(setFlags(), selectFlags()...),
+			&cli.BoolFlag{Name: "dry-run", Aliases: []string{"n"}, Usage: "print what would be done, and write nothing", DisableDefaultText: true},
+			&cli.StringFlag{Name: "keep-free", Usage: "refuse a target that would have less than `SIZE` free at the peak (64M, 1G)"},
+			&cli.StringFlag{Name: "read-back", Value: "yes", Usage: "compare what was written with the medium before the commit: `yes|no`"},
+			noProgressFlag()),
+		Action: inv.action(0, 0, "name the volumes with --primary and --target", inv.sync),
+	}
+}
+
+func (inv *invocation) sync() (report, error) {
+	o := replicate.Options{Selection: inv.selection(), DryRun: inv.flag("dry-run"), Log: inv.log}
+	if v := inv.text("keep-free"); v != "" {
+		var err error
+		if o.KeepFree, err = parseSize(v); err != nil {
+			return nil, usagef("--keep-free: %v", err)
+		}
+	}
+	switch v := inv.text("read-back"); v {
+	case "yes":
+	case "no":
+		o.NoReadBack = true
+	default:
+		return nil, usagef("--read-back=%s is not yes or no", v)
+	}
+	m, err := inv.newMembers("sync")
+	if err != nil {
+		return nil, err
+	}
+	return inv.replicate(m, o, inv.engine.sync, !o.DryRun)
+}
+
+// replicate carries out what sync and verify have in common: guards, locks, the run, and the report.
+func (inv *invocation) replicate(m *members, o replicate.Options, run engineRun, write bool) (report, error) {
+	defer m.close()
+	src, err := m.source()
+	if err != nil {
+		return nil, err
+	}
+	defer src.Close()
+	m.inspect()
+	mode := blockdev.ReadOnly
+	if write {
+		mode = blockdev.ReadWrite
+		if err := m.lock(); err != nil {
+			return nil, err
+		}
+	}
+	var results []replicate.Result
+	if targets := m.openTargets(mode); len(targets) > 0 {
+		bar := inv.startProgress()
+		o.Progress = bar.callback()
+		results, err = run(inv.ctx, src, targets, o)
+		bar.stop()
+	}
+	if err != nil && len(results) == 0 {
+		return nil, err
+	}
+	outcomes := m.outcomes(results)
+	rep := newRunReport(m, src.Name(), o, outcomes)
+	rep.quiet, rep.verbose = inv.quiet, inv.verbose
+	if err != nil {
+		return rep, err
+	}
+	return rep, m.failureOf(outcomes)
+}
+
+// runReport is the result of sync and verify.
+type runReport struct {
+	failure
+	Command string         `json:"command"`
+	DryRun  bool           `json:"dry_run"`
+	Primary string         `json:"primary"`
+	Source  string         `json:"source"`
+	Targets []targetReport `json:"targets"`
+
+	quiet, verbose bool
+}
+
+type targetReport struct {
+	Name    string `json:"name"`
+	Outcome string `json:"outcome"`
+	identity
+	Recovered *recoveryReport `json:"recovered,omitempty"`
+	Summary   *summaryReport  `json:"summary,omitempty"`
+	Error     *jsonError      `json:"error,omitempty"`
+}
+
+type summaryReport struct {
+	Changes       []changeReport `json:"changes"`
+	Commits       []commitReport `json:"commits"`
+	DataBytes     int64          `json:"data_bytes"`
+	BytesToWrite  int64          `json:"bytes_to_write"`
+	Clusters      int64          `json:"clusters"`
+	ClustersFreed int64          `json:"clusters_freed"`
+	FreeBytes     int64          `json:"free_bytes"`
+	FreeAfter     int64          `json:"free_after_bytes"`
+	PeakNeeded    int64          `json:"peak_needed_bytes"`
+	Flushes       int            `json:"flushes"`
+}
+
+type changeReport struct {
+	Op   string `json:"op"`
+	Path string `json:"path"`
+	From string `json:"from,omitempty"`
+	Dir  bool   `json:"dir"`
+	Size int64  `json:"size_bytes"`
+}
+
+type commitReport struct {
+	Path string `json:"path"`
+	Off  int64  `json:"offset_bytes"`
+}
+
+func newRunReport(m *members, source string, o replicate.Options, outcomes []*outcome) *runReport {
+	rep := &runReport{Command: m.verb, DryRun: o.DryRun, Primary: m.primary.name, Source: source, Targets: []targetReport{}}
+	for _, oc := range outcomes {
+		t := targetReport{Name: oc.member.name, Outcome: oc.state(), Error: newJSONError(oc.err)}
+		if oc.member.loc != nil {
+			t.identity = identityOf(oc.member.loc)
+			t.Serial = oc.member.serial
+		}
+		if oc.result != nil {
+			t.Summary = newSummaryReport(&oc.result.Summary)
+			t.Recovered = newRecoveryReport(oc.result.Recovered)
+		}
+		rep.Targets = append(rep.Targets, t)
+	}
+	return rep
+}
+
+func newSummaryReport(s *replicate.Summary) *summaryReport {
+	r := &summaryReport{
+		Changes: []changeReport{}, Commits: []commitReport{}, DataBytes: s.DataBytes, BytesToWrite: s.BytesToWrite,
+		Clusters: s.Clusters, ClustersFreed: s.ClustersFreed, FreeBytes: s.FreeBytes, FreeAfter: s.FreeAfter,
+		PeakNeeded: s.PeakNeeded, Flushes: s.Flushes,
+	}
+	for _, c := range s.Changes {
+		r.Changes = append(r.Changes, changeReport{c.Op, c.Path, c.From, c.Dir, c.Size})
+	}
+	for _, c := range s.Commits {
+		r.Commits = append(r.Commits, commitReport{c.Path, c.Off})
+	}
+	return r
+}
+
+func outcomeTint(s string) tint {
+	switch s {
+	case "in sync", "synced", "ok", "finished", "rolled back", "rolled forward", "nothing to do":
+		return green
+	case "differs", "drifted", "busy", "stale", "needs recovery":
+		return yellow
+	}
+	return red
+}
+
+func (r *runReport) print(o *output) {
+	if r.quiet {
+		return
+	}
+	if r.DryRun || r.verbose || r.Command == "verify" {
+		for i := range r.Targets {
+			if r.Targets[i].Summary != nil {
+				r.Targets[i].printPlan(o, r.Command == "verify")
+			}
+		}
+	}
+	if r.DryRun {
+		for _, t := range r.Targets {
+			if t.Summary == nil {
+				o.printf("%s: %s\n", safe(t.Name), o.paint(outcomeTint(t.Outcome), t.Outcome))
+			}
+		}
+		return
+	}
+	if r.Command == "verify" {
+		t := newTable("TARGET", "STATE", "DIFFERENCES")
+		for _, x := range r.Targets {
+			n := ""
+			if x.Summary != nil {
+				n = fmt.Sprint(len(x.Summary.Changes))
+			}
+			t.row(cell{text: x.Name}, cell{text: x.Outcome, tint: outcomeTint(x.Outcome)}, cell{text: n, right: true})
+		}
+		t.print(o)
+		return
+	}
+	t := newTable("TARGET", "OUTCOME", "CHANGES", "WRITTEN", "FREE", "FIRST")
+	for _, x := range r.Targets {
+		var changes, written, free, first string
+		if s := x.Summary; s != nil && x.Error == nil {
+			changes, written, free = fmt.Sprint(len(s.Changes)), sizeText(s.BytesToWrite), sizeText(s.FreeAfter)
+		}
+		if x.Recovered != nil && x.Recovered.Action != "nothing to do" {
+			first = x.Recovered.Action
+		}
+		t.row(cell{text: x.Name}, cell{text: x.Outcome, tint: outcomeTint(x.Outcome)}, cell{text: changes, right: true},
+			cell{text: written, right: true}, cell{text: free, right: true}, cell{text: first})
+	}
+	t.print(o)
+}
+
+// printPlan prints all that a run does to a target, or all that a verification found.
+func (t *targetReport) printPlan(o *output, verify bool) {
+	s := t.Summary
+	o.printf("%s: %s, %s\n", safe(t.Name), o.paint(outcomeTint(t.Outcome), t.Outcome),
+		plural(int64(len(s.Changes)), "change", "changes"))
+	for _, c := range s.Changes {
+		c.print(o)
+	}
+	if verify || len(s.Changes) == 0 {
+		return
+	}
+	for _, c := range s.Commits {
+		o.printf("  commit   /%s, the sector at 0x%x\n", safe(strings.TrimPrefix(c.Path, "/")), c.Off)
+	}
+	o.printf("  writes   %s (%d bytes, %d of them file content) with %s\n", sizeText(s.BytesToWrite), s.BytesToWrite,
+		s.DataBytes, plural(int64(s.Flushes), "flush", "flushes"))
+	o.printf("  clusters %d allocated, %d freed afterwards\n", s.Clusters, s.ClustersFreed)
+	o.printf("  free     %s now, %s afterwards; %s needed at the peak\n", sizeText(s.FreeBytes), sizeText(s.FreeAfter), sizeText(s.PeakNeeded))
+}
+
+func (c *changeReport) print(w io.Writer) {
+	path := safe(c.Path)
+	if c.From != "" {
+		path = safe(c.From) + " -> " + path
+	}
+	if c.Dir {
+		fmt.Fprintf(w, "  %-8s %s/\n", c.Op, strings.TrimSuffix(path, "/"))
+		return
+	}
+	fmt.Fprintf(w, "  %-8s %s (%s)\n", c.Op, path, sizeText(c.Size))
+}

@@ -1,0 +1,176 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"math"
+	"strconv"
+	"strings"
+	"unicode"
+	"unicode/utf8"
+)
+
+// safe makes text from a volume harmless for a terminal. Whatever does not print (control characters, bytes that are no
+// UTF-8, marks that turn the direction of writing) is shown as an escape.
+func safe(s string) string {
+	if isSafe(s) {
+		return s
+	}
+	var sb strings.Builder
+	for i, w := 0, 0; i < len(s); i += w {
+		var r rune
+		if r, w = utf8.DecodeRuneInString(s[i:]); r == utf8.RuneError && w == 1 {
+			fmt.Fprintf(&sb, `\x%02x`, s[i])
+		} else if unicode.IsPrint(r) {
+			sb.WriteRune(r)
+		} else {
+			q := strconv.QuoteRuneToASCII(r)
+			sb.WriteString(q[1 : len(q)-1])
+		}
+	}
+	return sb.String()
+}
+
+func isSafe(s string) bool {
+	for i, r := range s {
+		if !unicode.IsPrint(r) {
+			return false
+		}
+		if r == utf8.RuneError {
+			if _, w := utf8.DecodeRuneInString(s[i:]); w == 1 {
+				return false
+			}
+		}
+	}
+	return true
+}
+
+var sizeUnits = []string{"B", "K", "M", "G", "T"}
+
+// sizeText shows a number of bytes in at most five characters. JSON has the exact number.
+func sizeText(n int64) string {
+	f, u := float64(n), 0
+	for math.Abs(f) >= 1023.5 && u < len(sizeUnits)-1 {
+		f, u = f/1024, u+1
+	}
+	if u == 0 || math.Abs(f) >= 9.95 {
+		return fmt.Sprintf("%.0f%s", f, sizeUnits[u])
+	}
+	return strings.TrimSuffix(fmt.Sprintf("%.1f", f), ".0") + sizeUnits[u]
+}
+
+// parseSize reads a number of bytes with an optional K, M, G or T, which are powers of 1024.
+func parseSize(s string) (int64, error) {
+	digits, shift := s, 0
+	if n := len(s); n > 0 {
+		if i := strings.IndexByte("KMGT", s[n-1]&^0x20); i >= 0 {
+			digits, shift = s[:n-1], 10*(i+1)
+		}
+	}
+	n, err := strconv.ParseUint(digits, 10, 63)
+	if err != nil {
+		return 0, fmt.Errorf("%q is not a size such as 4096, 64M or 1G", s)
+	}
+	if n > math.MaxInt64>>shift {
+		return 0, fmt.Errorf("%s is too large", s)
+	}
+	return int64(n) << shift, nil
+}
+
+// plural counts things.
+func plural(n int64, one, many string) string {
+	if n == 1 {
+		return "1 " + one
+	}
+	return fmt.Sprintf("%d %s", n, many)
+}
+
+// output is where a report prints itself.
+type output struct {
+	io.Writer
+	legend bool
+	color  bool
+}
+
+func (o *output) printf(format string, a ...any) { fmt.Fprintf(o, format, a...) }
+
+// tint is a colour of the terminal's palette, "" for none.
+type tint string
+
+const (
+	green  tint = "32"
+	yellow tint = "33"
+	red    tint = "31"
+	dim    tint = "2"
+)
+
+func (o *output) paint(t tint, s string) string {
+	if !o.color || t == "" {
+		return s
+	}
+	return "\x1b[" + string(t) + "m" + s + "\x1b[0m"
+}
+
+// cell is one field of a table.
+type cell struct {
+	text  string
+	tint  tint
+	right bool // numbers stand at the right
+}
+
+// table is a list with a legend line. Text is made safe and widths are counted in characters, colours left out, which
+// is what text/tabwriter cannot do.
+type table struct {
+	head []string
+	rows [][]cell
+}
+
+func newTable(head ...string) *table { return &table{head: head} }
+
+func (t *table) row(cells ...cell) { t.rows = append(t.rows, cells) }
+
+func (t *table) print(o *output) {
+	width := make([]int, len(t.head))
+	if o.legend {
+		for i, h := range t.head {
+			width[i] = len(h)
+		}
+	}
+	for _, r := range t.rows {
+		for i := range r {
+			if r[i].text = safe(r[i].text); r[i].text == "" {
+				r[i].text = "-"
+			}
+			width[i] = max(width[i], utf8.RuneCountInString(r[i].text))
+		}
+	}
+	if o.legend {
+		head := make([]cell, len(t.head))
+		for i, h := range t.head {
+			head[i] = cell{text: h, right: len(t.rows) > 0 && t.rows[0][i].right}
+		}
+		t.line(o, width, head)
+	}
+	for _, r := range t.rows {
+		t.line(o, width, r)
+	}
+}
+
+func (t *table) line(o *output, width []int, cells []cell) {
+	var sb strings.Builder
+	for i, c := range cells {
+		if i > 0 {
+			sb.WriteString("  ")
+		}
+		pad := strings.Repeat(" ", width[i]-utf8.RuneCountInString(c.text))
+		switch {
+		case c.right:
+			sb.WriteString(pad + o.paint(c.tint, c.text))
+		case i == len(cells)-1:
+			sb.WriteString(o.paint(c.tint, c.text))
+		default:
+			sb.WriteString(o.paint(c.tint, c.text) + pad)
+		}
+	}
+	o.printf("%s\n", sb.String())
+}

@@ -1,0 +1,87 @@
+package main
+
+import (
+	"bytes"
+	"log/slog"
+	"testing"
+)
+
+func TestSafe(t *testing.T) {
+	for in, want := range map[string]string{
+		"plain name":          "plain name",
+		"Ünïcode 😀":           "Ünïcode 😀",
+		"red\x1b[31m":         `red\x1b[31m`,
+		"bell\a\r\n\t":        `bell\a\r\n\t`,
+		"c1 \u009b31m":        `c1 \u009b31m`,
+		"bidi \u202etxt":      `bidi \u202etxt`,
+		"broken \xff\xed\xa0": `broken \xff\xed\xa0`,
+		"real \ufffd":         "real \ufffd",
+		"zero\x00":            `zero\x00`,
+	} {
+		if got := safe(in); got != want {
+			t.Errorf("safe(%q) = %q, want %q", in, got, want)
+		}
+	}
+}
+
+func FuzzSafe(f *testing.F) {
+	f.Add("x\x1b]0;title\a")
+	f.Fuzz(func(t *testing.T, s string) {
+		if got := safe(s); !isSafe(got) {
+			t.Errorf("safe(%q) = %q", s, got)
+		}
+	})
+}
+
+func TestSizes(t *testing.T) {
+	for in, want := range map[int64]string{0: "0B", 1: "1B", 1023: "1023B", 1024: "1K", 1536: "1.5K", 10240: "10K", 1<<20 - 1: "1M",
+		96 << 20: "96M", 1 << 40: "1T", 5 << 50: "5120T"} {
+		if got := sizeText(in); got != want {
+			t.Errorf("sizeText(%d) = %s, want %s", in, got, want)
+		}
+	}
+	for in, want := range map[string]int64{"0": 0, "512": 512, "4K": 4096, "4k": 4096, "64M": 64 << 20, "1G": 1 << 30, "2T": 2 << 40, "9223372036854775807": 1<<63 - 1} {
+		if got, err := parseSize(in); err != nil || got != want {
+			t.Errorf("parseSize(%q) = %d, %v, want %d", in, got, err, want)
+		}
+	}
+	for _, in := range []string{"", "K", "-1", "+1", "1.5M", "1 M", "0x10", "9223372036854775808", "8388608T", "1KB", "1_000"} {
+		if got, err := parseSize(in); err == nil {
+			t.Errorf("parseSize(%q) = %d, want an error", in, got)
+		}
+	}
+}
+
+func TestTable(t *testing.T) {
+	var out bytes.Buffer
+	tab := newTable("NAME", "SIZE", "STATE")
+	tab.row(cell{text: "é\x1b"}, cell{text: "1K", right: true}, cell{text: "ok", tint: green})
+	tab.row(cell{text: "longer name"}, cell{text: "1023B", right: true}, cell{})
+	tab.print(&output{Writer: &out, legend: true, color: true})
+	want := "NAME          SIZE  STATE\n" +
+		"é\\x1b           1K  \x1b[32mok\x1b[0m\n" +
+		"longer name  1023B  -\n"
+	if out.String() != want {
+		t.Errorf("got\n%q\nwant\n%q", out.String(), want)
+	}
+}
+
+func TestLog(t *testing.T) {
+	var out bytes.Buffer
+	log := newLogger(&out, slog.LevelInfo)
+	log.Debug("unseen")
+	log.Info("using a\x1bname", "dir", "/efi\n")
+	log.With("target", "b.img").WithGroup("g").Warn("careful", "n", 3)
+	want := "espmirror: using a\\x1bname (dir=/efi\\n)\nespmirror: warning: careful (target=b.img g.n=3)\n"
+	if out.String() != want {
+		t.Errorf("got %q, want %q", out.String(), want)
+	}
+	for in, want := range map[string]slog.Level{"debug": slog.LevelDebug, "7": slog.LevelDebug, "warning": slog.LevelWarn, "console:err,info": slog.LevelInfo} {
+		if got, ok := systemdLevel(in); !ok || got != want {
+			t.Errorf("systemdLevel(%q) = %v, %v", in, got, ok)
+		}
+	}
+	if _, ok := systemdLevel("loud"); ok {
+		t.Error("loud is a level")
+	}
+}
