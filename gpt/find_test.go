@@ -430,7 +430,8 @@ func attach(t *testing.T, args ...string) string {
 	return node
 }
 
-// TestLoopDevices: the same volume by its image, by a loop device over all of it, over the partition alone, and by a partition node.
+// TestLoopDevices: the same volume by its image, by a loop device over all of it, over the partition alone, and by a
+// partition node.
 func TestLoopDevices(t *testing.T) {
 	img := memImage(t, 8*mib, 512, esp(1, mib, mib), esp(2, 3*mib, mib))
 	fat(img[mib:2*mib], 1, "")

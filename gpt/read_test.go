@@ -185,7 +185,8 @@ func TestBadBackup(t *testing.T) {
 	}
 }
 
-// TestBackupElsewhere: the disk grew after the table was made, and then the primary was damaged. Only its AlternateLBA knows.
+// TestBackupElsewhere: the disk grew after the table was made, and then the primary was damaged. Only its AlternateLBA
+// knows.
 func TestBackupElsewhere(t *testing.T) {
 	img := append(memImage(t, 8*mib, 512, esp(1, mib, mib)), make([]byte, mib)...)
 	img[1024] ^= 1 // the array: the header still says where the backup is
@@ -396,8 +397,8 @@ func TestReadFaults(t *testing.T) {
 	wantErr(t, err, syscall.EIO)
 }
 
-// FuzzRead takes the parts of an image that count, short as they are, and lays them out: whole images would be so long that the fuzzer spends
-// its time on making them shorter. CRCs can be made right, for no fuzzer guesses them.
+// FuzzRead takes the parts of an image that count, short as they are, and lays them out: whole images would be so long
+// that the fuzzer spends its time on making them shorter. CRCs can be made right, for no fuzzer guesses them.
 func FuzzRead(f *testing.F) {
 	const parts = 2 // entries in the seeds
 	img := memImage(f, 100*512, 512, part{1, TypeESP.String(), guid(1), "a", 34 * 512, 512}, part{2, typeData, guid(2), "b", 36 * 512, 1024})
