@@ -30,7 +30,7 @@ func displayShort(s []byte) string {
 			r := rune(c)
 			if c >= 0x80 {
 				r = cp437[c-0x80]
-			} else if c < 0x20 || c == '/' {
+			} else if c < 0x20 || c == 0x7F || c == '/' || c == '\\' {
 				r = '_' // never a control character or a separator, however broken the volume
 			}
 			if lower {

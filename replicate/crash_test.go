@@ -1,0 +1,244 @@
+package replicate
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"maps"
+	"math/rand/v2"
+	"os"
+	"strings"
+	"testing"
+
+	"espmirror/blockdev"
+	"espmirror/fatdriver"
+	"espmirror/fixtures"
+)
+
+// crashRun is a recorded sync, and the trees that a reader may see at any moment of it.
+type crashRun struct {
+	g       geometry
+	rec     *fixtures.Recording
+	memo    *fixtures.Memo
+	allowed map[[32]byte]int // digest of the visible tree → number of the state, 0 is the old tree
+	src     Source
+	opt     Options
+	last    int
+}
+
+// treeDigest hashes everything that a reader sees, except our own directory.
+func treeDigest(tree *fixtures.Tree) [32]byte {
+	h := sha256.New()
+	for i := range tree.Entries {
+		e := &tree.Entries[i]
+		k := fatdriver.Fold(e.Path)
+		if strings.HasPrefix(k, "EFI/ESPMIRROR") || k == "EFI" {
+			continue
+		}
+		fmt.Fprintf(h, "%q %v %d %x\n", e.Path, e.Dir, e.Size, e.Sum)
+	}
+	var sum [32]byte
+	h.Sum(sum[:0])
+	return sum
+}
+
+func (c *crashRun) read(r interface {
+	ReadAt([]byte, int64) (int, error)
+	Size() int64
+}, copyNo int, orphans bool) (*fixtures.Tree, error) {
+	return fixtures.ReadStrictOptions(r, r.Size(), copyNo, fixtures.Options{Hash: c.memo.Hash, OrphanLongNames: orphans, Tail: fixtures.TailEDK2})
+}
+
+// record syncs src to a copy of base and collects the trees at its barriers.
+func record1(t testing.TB, g geometry, base []byte, src Source, o Options) *crashRun {
+	t.Helper()
+	r := fixtures.NewRecorder(fixtures.Image(base), g.sector)
+	if res := syncMem(t, src, r, o); res.Err != nil || res.Outcome != Synced {
+		t.Fatal(res.Outcome, res.Err)
+	}
+	c := &crashRun{g: g, rec: r.Recording(), memo: &fixtures.Memo{}, allowed: map[[32]byte]int{}, src: src, opt: o}
+	// The trees at the barriers: each must be whole, and their number is bounded by that of the commits.
+	m := blockdev.NewMem(bytes.Clone(base), g.sector)
+	note := func() {
+		tree, err := c.read(m, 0, false)
+		if err != nil {
+			t.Fatalf("at a barrier: %v", err)
+		}
+		d := treeDigest(tree)
+		if _, ok := c.allowed[d]; !ok {
+			c.allowed[d] = len(c.allowed)
+		}
+		c.last = c.allowed[d]
+	}
+	note()
+	for _, op := range c.rec.Ops {
+		if op.Flush {
+			note()
+		} else if _, err := m.WriteAt(op.Data, op.Off); err != nil {
+			t.Fatal(err)
+		}
+	}
+	note()
+	if c.last != len(c.allowed)-1 {
+		t.Fatal("a tree came back after another one")
+	}
+	return c
+}
+
+// visible judges what a reader without any replay sees through each FAT copy.
+func (c *crashRun) visible(s *fixtures.State) (int, error) {
+	state := -1
+	for n := 0; n < c.g.fats; n++ {
+		tree, err := c.read(s, n, true)
+		if err != nil {
+			return 0, fmt.Errorf("FAT copy %d: %w", n, err)
+		}
+		k, ok := c.allowed[treeDigest(tree)]
+		if !ok {
+			return 0, fmt.Errorf("FAT copy %d shows a tree that is neither old nor new", n)
+		}
+		if state >= 0 && k != state {
+			return 0, fmt.Errorf("FAT copies show different trees, %d and %d", state, k)
+		}
+		state = k
+		a, err := tree.Audit()
+		if err != nil {
+			return 0, err
+		}
+		if len(a.Illegal) > 0 {
+			return 0, errors.New(a.Illegal[0])
+		}
+	}
+	return state, nil
+}
+
+// recovered recovers a state and judges the result; a second recovery must write nothing.
+func (c *crashRun) recovered(s *fixtures.State, before int) error {
+	t := &Target{Name: "crashed", Dev: s}
+	if _, err := Recover(context.Background(), t, RecoverOptions{}); err != nil {
+		return err
+	}
+	for n := 0; n < c.g.fats; n++ {
+		tree, err := c.read(s, n, false)
+		if err != nil {
+			return fmt.Errorf("after recovery, FAT copy %d: %w", n, err)
+		}
+		k, ok := c.allowed[treeDigest(tree)]
+		if !ok || k != before && k != c.last {
+			return fmt.Errorf("after recovery, FAT copy %d shows tree %d, it was %d of %d", n, k, before, c.last)
+		}
+		a, err := tree.Audit()
+		if err != nil {
+			return err
+		}
+		if len(a.Lost) > 0 || len(a.Illegal) > 0 {
+			return fmt.Errorf("after recovery, FAT copy %d has lost clusters %v, illegal entries %v", n, a.Lost, a.Illegal)
+		}
+		if _, err := tree.CheckFSInfo(false); err != nil {
+			return fmt.Errorf("after recovery: %w", err)
+		}
+		if d, err := tree.DifferentFATs(); err != nil || len(d) > 0 {
+			return fmt.Errorf("after recovery, FAT copies differ in sectors %v (%v)", d, err)
+		}
+	}
+	again := blockdev.NewCounting(s)
+	if _, err := Recover(context.Background(), &Target{Name: "crashed", Dev: again}, RecoverOptions{}); err != nil {
+		return fmt.Errorf("second recovery: %w", err)
+	}
+	if n := again.Counts().Writes; n != 0 {
+		return fmt.Errorf("second recovery wrote %d times", n)
+	}
+	return nil
+}
+
+// crashCases are pairs of trees: what is on the target, and what it is to become.
+func crashCases() map[string][2]map[string]string {
+	base := map[string]string{
+		"EFI/BOOT/BOOTX64.EFI":                       "MZ" + strings.Repeat("boot", 300),
+		"EFI/Linux/linux-6.1+3-0.efi":                "MZ" + strings.Repeat("uki", 900),
+		"EFI/Linux/old and long.efi":                 "MZ" + strings.Repeat("old", 500),
+		"loader/loader.conf":                         "timeout 3\n",
+		"loader/entries/a.conf":                      "title a\nlinux /0123456789abcdef0123456789abcdef/6.1/linux\n",
+		"0123456789abcdef0123456789abcdef/6.1/linux": strings.Repeat("kernel", 400),
+	}
+	with := func(f func(m map[string]string)) map[string]string {
+		m := maps.Clone(base)
+		f(m)
+		return m
+	}
+	return map[string][2]map[string]string{
+		"first run": {nil, base},
+		"replace":   {base, with(func(m map[string]string) { m["EFI/BOOT/BOOTX64.EFI"] = "MZ new" + strings.Repeat("x", 2000) })},
+		"one directory": {base, with(func(m map[string]string) {
+			m["EFI/Linux/new.efi"] = "MZ new"
+			delete(m, "EFI/Linux/old and long.efi")
+			m["EFI/Linux/linux-6.1+2-1.efi"] = m["EFI/Linux/linux-6.1+3-0.efi"]
+			delete(m, "EFI/Linux/linux-6.1+3-0.efi")
+		})},
+		"kernel update": {base, with(func(m map[string]string) {
+			m["0123456789abcdef0123456789abcdef/6.2/linux"] = strings.Repeat("kernel2", 400)
+			delete(m, "0123456789abcdef0123456789abcdef/6.1/linux")
+			m["loader/entries/b.conf"] = "title b\nlinux /0123456789abcdef0123456789abcdef/6.2/linux\n"
+			delete(m, "loader/entries/a.conf")
+			m["EFI/Linux/linux-6.2.efi"] = "MZ" + strings.Repeat("uki2", 900)
+			delete(m, "EFI/Linux/old and long.efi")
+		})},
+		"files in the root": {base, with(func(m map[string]string) {
+			m["vmlinuz-linux"] = strings.Repeat("k", 3000)
+			m["Long name in the root.img"] = strings.Repeat("i", 1500)
+		})},
+		"removed directories": {base, with(func(m map[string]string) {
+			delete(m, "0123456789abcdef0123456789abcdef/6.1/linux")
+			delete(m, "loader/entries/a.conf")
+		})},
+	}
+}
+
+var crashSelect = Selection{Select: []string{"loader", "EFI/Linux", "EFI/BOOT", "0123456789abcdef0123456789abcdef", "vmlinuz-linux", "Long name in the root.img"}}
+
+func TestPowerCut(t *testing.T) {
+	limit, random := 3000, 60
+	if testing.Short() {
+		limit, random = 300, 10
+	}
+	if os.Getenv("ESPMIRROR_LONG") != "" {
+		limit, random = 200_000, 2000
+	}
+	for name, trees := range crashCases() {
+		for _, g := range geometries {
+			t.Run(name+"/"+g.name, func(t *testing.T) {
+				t.Parallel()
+				o := Options{Selection: crashSelect}
+				m := newVolume(t, g)
+				if trees[0] != nil {
+					if res := syncMem(t, newMemSource(trees[0]), m, o); res.Err != nil {
+						t.Fatal(res.Err)
+					}
+				}
+				c := record1(t, g, m.Bytes(), newMemSource(trees[1]), o)
+				// What a reader sees, without replay: exhaustive where the limit allows.
+				stats, err := c.rec.ExploreLazy(fixtures.CrashOptions{Limit: limit}, func(s *fixtures.State) error {
+					_, err := c.visible(s)
+					return err
+				})
+				if err != nil {
+					t.Fatal(err)
+				}
+				// And what recovery makes of it.
+				more, err := c.rec.Explore(fixtures.CrashOptions{Limit: 64, Random: random, Seed: rand.Uint64()}, func(s *fixtures.State) error {
+					k, err := c.visible(s)
+					if err != nil {
+						return err
+					}
+					return c.recovered(s, k)
+				})
+				if err != nil {
+					t.Fatal(err)
+				}
+				t.Logf("%d trees, %d epochs: %d states read (%d epochs not whole), %d recovered", len(c.allowed), stats.Epochs, stats.States, stats.Partial, more.States)
+			})
+		}
+	}
+}
