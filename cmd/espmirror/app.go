@@ -35,7 +35,7 @@ type app struct {
 // engine is the part of package replicate that writes or compares. Tests put failures there that no image can have.
 type engine struct {
 	sync, verify func(context.Context, replicate.Source, []*replicate.Target, replicate.Options) ([]replicate.Result, error)
-	recover      func(context.Context, *replicate.Target, replicate.Options) (*replicate.Recovery, error)
+	recover      func(context.Context, *replicate.Target, replicate.RecoverOptions) (*replicate.Recovery, error)
 	pending      func(*replicate.Target) (bool, error)
 }
 

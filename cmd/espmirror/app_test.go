@@ -5,6 +5,8 @@ import (
 	"errors"
 	"strings"
 	"testing"
+
+	"espmirror/fixtures"
 )
 
 func TestHelp(t *testing.T) {
@@ -26,7 +28,9 @@ func TestVersion(t *testing.T) {
 // TestUsage holds every command line that must be refused for what it says, before anything is opened.
 func TestUsage(t *testing.T) {
 	b := newBench(t)
-	volumes(t)
+	small := fixtures.VolumeSpec{FAT: 12, Size: 1 << 20, Serial: 1, Tree: bootTree}
+	makeFixture(t, small, "a.img")
+	makeFixture(t, small, "b.img")
 	for _, tc := range []struct {
 		args string
 		want string

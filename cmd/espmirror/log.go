@@ -69,6 +69,44 @@ func (h *logHandler) WithGroup(name string) slog.Handler {
 	return &c
 }
 
+// pretending is a handler for dry runs, in which nothing happens: what is told of as done is for those who want each step.
+type pretending struct{ slog.Handler }
+
+// Enabled implements slog.Handler.
+func (h pretending) Enabled(ctx context.Context, l slog.Level) bool {
+	return h.Handler.Enabled(ctx, pretendLevel(l))
+}
+
+// Handle implements slog.Handler.
+func (h pretending) Handle(ctx context.Context, r slog.Record) error {
+	r = r.Clone()
+	r.Level, r.Message = pretendLevel(r.Level), "dry run: "+r.Message
+	return h.Handler.Handle(ctx, r)
+}
+
+// WithAttrs implements slog.Handler.
+func (h pretending) WithAttrs(attrs []slog.Attr) slog.Handler {
+	return pretending{h.Handler.WithAttrs(attrs)}
+}
+
+// WithGroup implements slog.Handler.
+func (h pretending) WithGroup(name string) slog.Handler { return pretending{h.Handler.WithGroup(name)} }
+
+func pretendLevel(l slog.Level) slog.Level {
+	if l >= slog.LevelInfo && l < slog.LevelWarn {
+		return slog.LevelDebug
+	}
+	return l
+}
+
+// engineLog is the log that package replicate gets.
+func (inv *invocation) engineLog(dryRun bool) *slog.Logger {
+	if dryRun {
+		return slog.New(pretending{inv.log.Handler()})
+	}
+	return inv.log
+}
+
 // systemdLevels are the values of SYSTEMD_LOG_LEVEL, by name and by number.
 var systemdLevels = []struct {
 	name  string

@@ -3,9 +3,10 @@ package main
 import (
 	"bytes"
 	"context"
-	"crypto/sha256"
 	"encoding/json"
+	"errors"
 	"flag"
+	"hash/maphash"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -16,6 +17,7 @@ import (
 	"github.com/santhosh-tekuri/jsonschema/v6"
 
 	"espmirror/blockdev"
+	"espmirror/fixtures"
 )
 
 var update = flag.Bool("update", false, "write the golden files in place of comparing them")
@@ -88,9 +90,11 @@ func (b *bench) run(args ...string) *result {
 	return &result{b.t, args, b.out.String(), b.err.String(), code}
 }
 
-func hashes(t *testing.T) map[string][32]byte {
+var hashSeed = maphash.MakeSeed()
+
+func hashes(t *testing.T) map[string]uint64 {
 	t.Helper()
-	sums := map[string][32]byte{}
+	sums := map[string]uint64{}
 	names, err := filepath.Glob("*.img")
 	if err != nil {
 		t.Fatal(err)
@@ -100,7 +104,7 @@ func hashes(t *testing.T) map[string][32]byte {
 		if err != nil {
 			t.Fatal(err)
 		}
-		sums[name] = sha256.Sum256(data)
+		sums[name] = maphash.Bytes(hashSeed, data)
 	}
 	return sums
 }
@@ -190,124 +194,64 @@ func loadSchema(t *testing.T, name string) *jsonschema.Schema {
 	return s
 }
 
-// tool runs a program that makes a fixture, and skips the test when it is not installed.
+// tool runs a program that changes a fixture, and skips the test when it is not installed.
 func tool(t *testing.T, name string, args ...string) {
 	t.Helper()
-	path, err := exec.LookPath(name)
-	if err != nil {
-		if path, err = exec.LookPath("/usr/sbin/" + name); err != nil {
-			t.Skipf("%s is not installed", name)
-		}
-	}
-	cmd := exec.Command(path, args...)
-	if out, err := cmd.CombinedOutput(); err != nil {
+	cmd := exec.Command(name, args...)
+	if out, err := cmd.CombinedOutput(); errors.Is(err, exec.ErrNotFound) {
+		t.Skipf("%s is not installed", name)
+	} else if err != nil {
 		t.Fatalf("%s %s: %v\n%s", name, strings.Join(args, " "), err, out)
 	}
 }
 
 // fileTime is the time of every file in a fixture.
-var fileTime = time.Date(2024, 5, 17, 12, 34, 56, 0, time.UTC)
+var fileTime = time.Date(2024, 2, 29, 12, 34, 56, 0, time.UTC)
 
-// fat is a recipe for a FAT image.
-type fat struct {
-	bits, serial, label string
-	size                int64
-	files               map[string]string
-}
-
-// make writes the image, its files in the order of their paths.
-func (f fat) make(t *testing.T, name string) {
+// make writes a fixture, and skips the test when a program that makes it is not installed.
+func makeFixture(t *testing.T, recipe interface{ Make(string) error }, name string) {
 	t.Helper()
-	if f.size == 0 {
-		f.size = 4 << 20
-	}
-	if err := os.WriteFile(name, nil, 0o644); err != nil {
+	if err := recipe.Make(name); errors.Is(err, exec.ErrNotFound) {
+		t.Skip(err)
+	} else if err != nil {
 		t.Fatal(err)
-	}
-	if err := os.Truncate(name, f.size); err != nil {
-		t.Fatal(err)
-	}
-	args := []string{"--invariant", "-F", f.bits, "-i", strings.ReplaceAll(f.serial, "-", "")}
-	if f.label != "" {
-		args = append(args, "-n", f.label)
-	}
-	tool(t, "mkfs.fat", append(args, name)...)
-	tree := t.TempDir()
-	tops := map[string]bool{}
-	for p, content := range f.files {
-		full := filepath.Join(tree, p)
-		if err := os.MkdirAll(filepath.Dir(full), 0o755); err != nil {
-			t.Fatal(err)
-		}
-		if err := os.WriteFile(full, []byte(content), 0o644); err != nil {
-			t.Fatal(err)
-		}
-		top, _, _ := strings.Cut(p, "/")
-		tops[top] = true
-	}
-	err := filepath.WalkDir(tree, func(p string, _ os.DirEntry, err error) error {
-		if err != nil {
-			return err
-		}
-		return os.Chtimes(p, fileTime, fileTime)
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	for top := range tops {
-		tool(t, "mcopy", "-s", "-m", "-Q", "-i", name, filepath.Join(tree, top), "::")
 	}
 }
 
 // bootTree is a small tree of boot files.
-var bootTree = map[string]string{
-	"EFI/BOOT/BOOTX64.EFI":                   "MZ fallback",
-	"EFI/systemd/systemd-bootx64.efi":        "MZ systemd-boot",
-	"loader/loader.conf":                     "timeout 3\n",
-	"loader/entries/debian-6.1.0-18.conf":    "title Debian\nlinux /EFI/debian/vmlinuz\n",
-	"EFI/debian/vmlinuz":                     "MZ kernel",
-	"EFI/Linux/Ünïcode name of a kernel.efi": "MZ uki",
+var bootTree = fixtures.TreeSpec{
+	"EFI/BOOT/BOOTX64.EFI":                   fixtures.Text("MZ fallback"),
+	"EFI/systemd/systemd-bootx64.efi":        fixtures.Text("MZ systemd-boot"),
+	"loader/loader.conf":                     fixtures.Text("timeout 3\n"),
+	"loader/entries/debian-6.1.0-18.conf":    fixtures.Text("title Debian\nlinux /EFI/debian/vmlinuz\n"),
+	"EFI/debian/vmlinuz":                     fixtures.Text("MZ kernel"),
+	"EFI/Linux/Ünïcode name of a kernel.efi": fixtures.Text("MZ uki"),
 }
 
-// volumes makes two images with different content: a.img (FAT32) and b.img (FAT16).
+// primaryVolume and secondVolume differ in everything: type, identity and content.
+var (
+	primaryVolume = fixtures.VolumeSpec{FAT: 32, Size: 34 << 20, SectorsPerCluster: 1, Serial: 0x1111AAAA, Label: "PRIMARY", Tree: bootTree}
+	secondVolume  = fixtures.VolumeSpec{FAT: 16, Size: 16 << 20, Serial: 0x2222BBBB, Label: "SECOND",
+		Tree: fixtures.TreeSpec{"EFI/Microsoft/Boot/bootmgfw.efi": fixtures.Text("MZ not ours")}}
+)
+
+// volumes makes a.img and b.img.
 func volumes(t *testing.T) {
 	t.Helper()
-	fat{bits: "32", serial: "1111-AAAA", label: "PRIMARY", size: 34 << 20, files: bootTree}.make(t, "a.img")
-	fat{bits: "16", serial: "2222-BBBB", label: "SECOND", size: 16 << 20, files: map[string]string{
-		"EFI/Microsoft/Boot/bootmgfw.efi": "MZ not ours",
-	}}.make(t, "b.img")
+	makeFixture(t, primaryVolume, "a.img")
+	makeFixture(t, secondVolume, "b.img")
 }
 
-// disk makes a disk image with one partition of the given type around a FAT image.
-func disk(t *testing.T, name, typeGUID, partGUID string, f fat) {
+// disk makes a disk image with one partition around a volume.
+func disk(t *testing.T, name, typeGUID, partGUID string, v fixtures.VolumeSpec) {
 	t.Helper()
-	f.make(t, "part.tmp")
-	data, err := os.ReadFile("part.tmp")
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Remove("part.tmp"); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(name, append(make([]byte, 1<<20), data...), 0o644); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Truncate(name, int64(len(data))+2<<20); err != nil {
-		t.Fatal(err)
-	}
-	last := (1<<20+len(data))/512 - 1
-	tool(t, "sgdisk", "-a", "1", "-n", "1:2048:"+itoa(last), "-t", "1:"+typeGUID, "-u", "1:"+partGUID, "-c", "1:EFI system",
-		"-U", "0a0a0a0a-0000-4000-8000-00000000000"+partGUID[len(partGUID)-1:], name)
-}
-
-func itoa(n int) string {
-	b, _ := json.Marshal(n)
-	return string(b)
+	makeFixture(t, fixtures.DiskSpec{
+		Size: v.Size + 4<<20, GUID: "0a0a0a0a-0000-4000-8000-0000000000" + partGUID[len(partGUID)-2:],
+		Parts: []fixtures.PartSpec{{Type: typeGUID, GUID: partGUID, Name: "EFI system", Off: 1 << 20, Volume: &v}},
+	}, name)
 }
 
 const (
-	typeESP  = "c12a7328-f81f-11d2-ba4b-00a0c93ec93b"
-	typeData = "0fc63daf-8483-4772-8e79-3d69d8477de4"
-	guidOne  = "6f0c5c7e-0000-4000-8000-000000000001"
-	guidTwo  = "6f0c5c7e-0000-4000-8000-000000000002"
+	guidOne = "6f0c5c7e-0000-4000-8000-000000000001"
+	guidTwo = "6f0c5c7e-0000-4000-8000-000000000002"
 )

@@ -411,9 +411,9 @@ func (m *members) outcomes(results []replicate.Result) []*outcome {
 	return os
 }
 
-// prefixed names the target in an error that does not name it yet.
+// prefixed names the volume in an error that does not name it yet.
 func prefixed(verb, name string, err error) error {
-	if strings.HasPrefix(err.Error(), "cannot "+verb+" "+name+":") {
+	if first, _, ok := strings.Cut(err.Error(), ": "); ok && strings.HasPrefix(first, "cannot ") && strings.Contains(first, name) {
 		return err
 	}
 	return fmt.Errorf("cannot %s %s: %w", verb, name, err)

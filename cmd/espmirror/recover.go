@@ -18,6 +18,7 @@ func (inv *invocation) recoverCommand() *cli.Command {
 			"a write, and the exit status is 5 when there is something to do.",
 		Flags: []cli.Flag{
 			&cli.BoolFlag{Name: "dry-run", Aliases: []string{"n"}, Usage: "print what would be done, and write nothing", DisableDefaultText: true},
+			&cli.BoolFlag{Name: "reclaim", Usage: "free every lost cluster, also those that others lost", DisableDefaultText: true},
 		},
 		Action: inv.action(1, -1, "name the volumes: espmirror recover VOLUME...", inv.recover),
 	}
@@ -74,12 +75,8 @@ func (inv *invocation) recoverOne(name string, dryRun bool, among []string) (*re
 	if err != nil {
 		return fail(err)
 	}
-	var dev blockdev.Device = open
-	if dryRun {
-		// Recovery runs as always, over a layer that keeps its writes in memory: what it says is what it would do.
-		dev = blockdev.NewOverlay(open)
-	}
-	r, err := inv.engine.recover(inv.ctx, newTarget(name, loc, dev), replicate.Options{Log: inv.log})
+	o := replicate.RecoverOptions{Options: replicate.Options{DryRun: dryRun, Log: inv.engineLog(dryRun)}, Reclaim: inv.flag("reclaim")}
+	r, err := inv.engine.recover(inv.ctx, newTarget(name, loc, open), o)
 	if cerr := open.Close(); err == nil {
 		err = cerr
 	}

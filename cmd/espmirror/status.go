@@ -172,7 +172,7 @@ func (inv *invocation) statusOfSet(rep *statusReport) (report, error) {
 	if srcErr == nil {
 		if targets := m.openTargets(blockdev.ReadOnly); len(targets) > 0 {
 			bar := inv.startProgress()
-			o := replicate.Options{Selection: inv.selection(), DryRun: true, Log: inv.log, Progress: bar.callback()}
+			o := replicate.Options{Selection: inv.selection(), DryRun: true, Log: inv.engineLog(true), Progress: bar.callback()}
 			results, srcErr = inv.engine.sync(inv.ctx, src, targets, o)
 			bar.stop()
 		}

@@ -29,7 +29,8 @@ func (inv *invocation) syncCommand() *cli.Command {
 }
 
 func (inv *invocation) sync() (report, error) {
-	o := replicate.Options{Selection: inv.selection(), DryRun: inv.flag("dry-run"), Log: inv.log}
+	dryRun := inv.flag("dry-run")
+	o := replicate.Options{Selection: inv.selection(), DryRun: dryRun, Log: inv.engineLog(dryRun)}
 	if v := inv.text("keep-free"); v != "" {
 		var err error
 		if o.KeepFree, err = parseSize(v); err != nil {
@@ -205,17 +206,17 @@ func (r *runReport) print(o *output) {
 		t.print(o)
 		return
 	}
-	t := newTable("TARGET", "OUTCOME", "CHANGES", "WRITTEN", "FREE", "FIRST")
+	t := newTable("TARGET", "OUTCOME", "CHANGES", "WRITTEN", "FREE", "RECOVERY")
 	for _, x := range r.Targets {
-		var changes, written, free, first string
+		var changes, written, free, recovery string
 		if s := x.Summary; s != nil && x.Error == nil {
 			changes, written, free = fmt.Sprint(len(s.Changes)), sizeText(s.BytesToWrite), sizeText(s.FreeAfter)
 		}
 		if x.Recovered != nil && x.Recovered.Action != "nothing to do" {
-			first = x.Recovered.Action
+			recovery = x.Recovered.Action
 		}
 		t.row(cell{text: x.Name}, cell{text: x.Outcome, tint: outcomeTint(x.Outcome)}, cell{text: changes, right: true},
-			cell{text: written, right: true}, cell{text: free, right: true}, cell{text: first})
+			cell{text: written, right: true}, cell{text: free, right: true}, cell{text: recovery})
 	}
 	t.print(o)
 }
@@ -223,8 +224,16 @@ func (r *runReport) print(o *output) {
 // printPlan prints all that a run does to a target, or all that a verification found.
 func (t *targetReport) printPlan(o *output, verify bool) {
 	s := t.Summary
-	o.printf("%s: %s, %s\n", safe(t.Name), o.paint(outcomeTint(t.Outcome), t.Outcome),
-		plural(int64(len(s.Changes)), "change", "changes"))
+	o.printf("%s: %s", safe(t.Name), o.paint(outcomeTint(t.Outcome), t.Outcome))
+	if n := int64(len(s.Changes)); verify && n > 0 {
+		o.printf(", %s", plural(n, "difference", "differences"))
+	} else if n > 0 {
+		o.printf(", %s", plural(n, "change", "changes"))
+	}
+	o.printf("\n")
+	if r := t.Recovered; r != nil {
+		o.printf("  recovery %s\n", r.Action)
+	}
 	for _, c := range s.Changes {
 		c.print(o)
 	}
