@@ -126,6 +126,13 @@ func TestCheckFindings(t *testing.T) {
 			}
 			d.poke(off-1, 1)
 		}, []want{{Note, "after the end marker"}}},
+		{"entry after the end marker", nil, func(d *sparseDev, v *Volume) {
+			off := v.geo.RootOff + v.geo.RootSize
+			if v.geo.Type == FAT32 {
+				off = v.geo.ClusterOff(2) + int64(v.geo.ClusterSize)
+			}
+			d.poke(off-slotSize, 'X')
+		}, []want{{Warning, "after the end marker"}}},
 	} {
 		for _, typ := range []Type{FAT12, FAT16, FAT32} {
 			if c.types != nil && !strings.Contains(fmt.Sprint(c.types), typ.String()) {

@@ -1,6 +1,7 @@
 package fatdriver
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -285,12 +286,16 @@ func (t *Tree) walk(dir *Node, depth int) error {
 	if !isRoot {
 		t.checkDots(dir, d)
 	}
-	for i := (d.end + 1) * slotSize; i < len(raw); i++ {
-		if raw[i] != 0 {
-			// EDK2 reads on past an end marker whose attribute byte has bit 3 set; a shadow is zeroed whole.
-			t.note(Note, dir, 0, "slots after the end marker are not empty")
-			break
+	if tail := raw[min((d.end+1)*slotSize, len(raw)):]; len(bytes.TrimLeft(tail, "\x00")) > 0 {
+		// EDK2 reads on past an end marker whose attribute byte has bit 3 set; a shadow is zeroed whole. fsck.fat does
+		// not stop at the marker at all, and takes what follows for entries unless it is deleted.
+		sev := Note
+		for i := 0; i < len(tail); i += slotSize {
+			if tail[i] != slotEnd && tail[i] != slotDeleted {
+				sev = Warning
+			}
 		}
+		t.note(sev, dir, 0, "slots after the end marker are not empty")
 	}
 	seen := newNameSet()
 	for _, e := range d.entries {
