@@ -61,7 +61,14 @@ func TestCheckFindings(t *testing.T) {
 			entry(d, v, 1, map[Type]uint32{FAT16: 0xBFFF, FAT32: 0x0BFFFFFF}[v.geo.Type])
 		}, []want{{Warning, "no-error bit"}}},
 		{"media", nil, func(d *sparseDev, v *Volume) { entry(d, v, 0, 0x0FFFFFF0) }, []want{{Damage, "want the media byte 0xf8"}}},
-		{"FAT[0] ones", nil, func(d *sparseDev, v *Volume) { entry(d, v, 0, 0x0F8) }, []want{{Note, "FAT[0] is 0xf8"}}},
+		{"FAT[0] ones", nil, func(d *sparseDev, v *Volume) { entry(d, v, 0, 0x0F8) }, []want{{Warning, "FAT[0] is 0xf8"}}},
+		{"extended signature", nil, func(d *sparseDev, v *Volume) {
+			off := int64(offBootSig16)
+			if v.geo.Type == FAT32 {
+				off = offBootSig32
+			}
+			boot(d, v, off, 0x1F)
+		}, []want{{Note, "its extended signature is 0x1f"}, {Note, "label"}}},
 		{"copies", nil, func(d *sparseDev, v *Volume) { entry(d, v, 1000, 7, 1) },
 			[]want{{Warning, "cluster 1000: FAT copy 1 differs from copy 0 in 1 sectors"}}},
 		{"lost chain", nil, func(d *sparseDev, v *Volume) {
