@@ -126,6 +126,11 @@ func TestCheckFindings(t *testing.T) {
 			boot(d, v, offExtFlags32, 0x81)
 			entry(d, v, 1000, 7, 0)
 		}, []want{{Warning, "mirroring is off"}, {Note, "FAT copy 0 differs from copy 1 in 1 sectors, here first (mirroring is off)"}}},
+		{"dots", nil, func(d *sparseDev, v *Volume) {
+			off := v.geo.ClusterOff(mustFirst(t, v, "d"))
+			d.poke(off+offNTRes, ntNoShort)
+			d.poke(off+slotSize+offAttr, AttrArchive)
+		}, []want{{Warning, `/d: "." is marked as having no short name`}, {Damage, `/d: ".." has the attributes 0x20`}}},
 		{"end marker", nil, func(d *sparseDev, v *Volume) {
 			off := v.geo.RootOff + v.geo.RootSize
 			if v.geo.Type == FAT32 {

@@ -314,6 +314,15 @@ func (t *Tree) walk(dir *Node, depth int) error {
 }
 
 func (t *Tree) checkDots(dir *Node, d *parsedDir) {
+	for i, s := range d.dots {
+		switch {
+		case s == nil:
+		case s[offAttr]&AttrDir == 0:
+			t.note(Damage, dir, 0, "%q has the attributes 0x%02x, which are not a directory's", "..."[:i+1], s[offAttr])
+		case s[offNTRes]&ntNoShort != 0:
+			t.note(Warning, dir, 0, "%q is marked as having no short name", "..."[:i+1])
+		}
+	}
 	if s := d.dots[0]; s != nil {
 		if c := slotCluster(t.vol.geo.Type, s); c != dir.cluster() {
 			t.note(Damage, dir, 0, `"." points to cluster %d, want %d`, c, dir.cluster())
