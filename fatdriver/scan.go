@@ -101,7 +101,9 @@ func (n *Node) Child(name string) *Node {
 	if n.byName == nil {
 		n.byName = make(map[string]*Node, len(n.Children))
 		for _, c := range n.Children {
-			n.byName[Fold(c.Name())] = c
+			if k := Fold(c.Name()); n.byName[k] == nil { // of two equal names every reader finds the first
+				n.byName[k] = c
+			}
 		}
 	}
 	if c := n.byName[Fold(name)]; c != nil {
