@@ -199,7 +199,7 @@ func (m *members) source() (replicate.Source, error) {
 	}
 	src, err := replicate.OpenVolumeSource(p.name, p.vol.fat)
 	if err != nil {
-		return fail(err)
+		return fail(refuseContent(err))
 	}
 	return src, nil
 }
@@ -404,6 +404,9 @@ func (m *members) outcomes(results []replicate.Result) []*outcome {
 			o.result = r
 			if r.Err != nil {
 				o.err = recoverHint(prefixed(m.verb, t.name, r.Err), t.name)
+				if r.Outcome == replicate.Refused {
+					o.err = refusal{o.err}
+				}
 			}
 		}
 		os = append(os, o)

@@ -241,7 +241,7 @@ func (t *targetReport) printPlan(o *output, verify bool) {
 		return
 	}
 	for _, c := range s.Commits {
-		o.printf("  commit   /%s, the sector at 0x%x\n", safe(strings.TrimPrefix(c.Path, "/")), c.Off)
+		o.printf("  commit   %s (the sector at 0x%x)\n", safe(c.Path), c.Off)
 	}
 	o.printf("  writes   %s (%d bytes, %d of them file content) with %s\n", sizeText(s.BytesToWrite), s.BytesToWrite,
 		s.DataBytes, plural(int64(s.Flushes), "flush", "flushes"))
