@@ -117,6 +117,9 @@ func (a *app) run(ctx context.Context, args []string) int {
 // finish prints the report and the error, and returns the exit status.
 func (inv *invocation) finish() int {
 	code := exitCode(inv.err)
+	if code == exitInterrupt {
+		inv.err = interrupted{inv.err}
+	}
 	if inv.json != "off" {
 		if inv.report == nil && inv.err != nil {
 			inv.report = &failure{}

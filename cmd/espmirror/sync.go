@@ -77,6 +77,7 @@ func (inv *invocation) replicate(m *members, o replicate.Options, run engineRun,
 	if err != nil && len(results) == 0 {
 		return nil, err
 	}
+	m.close() // what fails in closing a target belongs to its outcome
 	outcomes := m.outcomes(results)
 	rep := newRunReport(m, src.Name(), o, outcomes)
 	rep.quiet, rep.verbose = inv.quiet, inv.verbose

@@ -159,6 +159,10 @@ func TestSyncRefuses(t *testing.T) {
 			}
 		}
 	}
+	// Who only compares is told, and not refused.
+	b.run("verify", "--primary", "a.img", "--target", "serial.img").want(exitDiffers).has("warning: two volumes have the same FAT serial number")
+	b.run("recover", "data.img@@p1", "md.img@@p1").want(exitRefused).has("is not an EFI system partition", "member of an md array")
+	b.run("recover", "ntfs.img").want(exitFailed).has("NTFS")
 	t.Setenv("SYSTEMD_RELAX_ESP_CHECKS", "1")
 	b.run("sync", "-n", "--primary", "a.img", "--target", "data.img@@p1").want(exitDiffers)
 }
@@ -272,7 +276,7 @@ func TestResults(t *testing.T) {
 		"recovered":   {results: []replicate.Result{{Outcome: replicate.InSync, Recovered: &replicate.Recovery{Action: "rolled back", FreedClusters: 3}}, {Outcome: replicate.InSync}}, code: 0, want: "rolled back"},
 		"pending":     {results: []replicate.Result{{Outcome: replicate.InSync}, {Outcome: replicate.Failed, Err: replicate.ErrNeedsRecovery}}, code: exitRecover, want: "hint: run `espmirror recover c.img`"},
 		"source":      {err: fmt.Errorf("%w: cannot read x", replicate.ErrSource), code: exitFailed, want: "the source cannot be replicated: cannot read x"},
-		"interrupted": {results: []replicate.Result{{Outcome: replicate.Failed, Err: context.Canceled}, {Outcome: replicate.Failed, Err: context.Canceled}}, err: context.Canceled, code: exitInterrupt, want: "context canceled"},
+		"interrupted": {results: []replicate.Result{{Outcome: replicate.Failed, Err: context.Canceled}, {Outcome: replicate.Failed, Err: context.Canceled}}, err: context.Canceled, code: exitInterrupt, want: "espmirror: interrupted\n"},
 	} {
 		b.app.engine.sync = func(context.Context, replicate.Source, []*replicate.Target, replicate.Options) ([]replicate.Result, error) {
 			return tc.results, tc.err
