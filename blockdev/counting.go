@@ -2,7 +2,8 @@ package blockdev
 
 import "sync/atomic"
 
-// Counts are the operations that reached a device. Bytes are those that were transferred, also by an operation that failed half way.
+// Counts are the operations that reached a device. Bytes are those that were transferred, also by an operation that
+// failed half way.
 type Counts struct {
 	Reads, BytesRead     int64
 	Writes, BytesWritten int64

@@ -65,7 +65,8 @@ func TestNewReadOnly(t *testing.T) {
 	}
 }
 
-// TestOverlayAgainstMemory compares the overlay with plain memory over random operations, on a size that ends within a page.
+// TestOverlayAgainstMemory compares the overlay with plain memory over random operations, on a size that ends within a
+// page.
 func TestOverlayAgainstMemory(t *testing.T) {
 	below := filled(5*overlayPage + 1536)
 	before := bytes.Clone(below.Bytes())

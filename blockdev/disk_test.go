@@ -10,6 +10,8 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 
@@ -426,4 +428,51 @@ func TestReadOnlyFile(t *testing.T) {
 	}
 	_, err := Open(path, ReadWrite)
 	wantErr(t, err, fs.ErrPermission)
+}
+
+// TestClaimsInParallel: nobody may rely on a lock that another open is still trying, and one range has one writer.
+func TestClaimsInParallel(t *testing.T) {
+	path := image(t, 64<<10)
+	var wg sync.WaitGroup
+	var open [16]atomic.Int32
+	for g := range 8 {
+		wg.Go(func() {
+			for i := range 200 {
+				k := (g + i) % len(open)
+				d, err := Open(path, ReadWrite, WithClaim(int64(k)*4096, 4096))
+				if errors.Is(err, ErrBusy) {
+					continue
+				}
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				if open[k].Add(1) != 1 {
+					t.Error("two writers of one range")
+				}
+				open[k].Add(-1)
+				_ = d.Close()
+			}
+		})
+	}
+	wg.Wait()
+	claims.mu.Lock()
+	defer claims.mu.Unlock()
+	id, _ := Identify(path)
+	if claims.disks[id] != nil {
+		t.Error("a claim was left behind")
+	}
+}
+
+func TestErrorTexts(t *testing.T) {
+	if s := (ID{Block: true, Dev: DevNum{8, 1}}).String(); s != "block device 8:1" {
+		t.Error(s)
+	}
+	if s := (ID{Dev: DevNum{8, 1}, Inode: 7}).String(); s != "inode 7 on 8:1" {
+		t.Error(s)
+	}
+	short := &ShortWriteError{N: 3, Err: syscall.EIO}
+	if short.Error() != "only 3 bytes written: input/output error" {
+		t.Error(short)
+	}
 }

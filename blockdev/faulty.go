@@ -27,8 +27,8 @@ func (e *ShortWriteError) Error() string { return fmt.Sprintf("only %d bytes wri
 // Unwrap implements the errors package's convention.
 func (e *ShortWriteError) Unwrap() error { return e.Err }
 
-// NewFaulty returns d with faults: fail is asked before every operation, one at a time, and the error that it returns is the outcome
-// instead. A failed flush, injected or real, is as final as that of a Disk.
+// NewFaulty returns d with faults: fail is asked before every operation, one at a time, and the error that it returns
+// is the outcome instead. A failed flush, injected or real, is as final as that of a Disk.
 func NewFaulty(d Device, fail func(Op) error) *Faulty { return &Faulty{Device: d, fail: fail} }
 
 // ask runs the predicate.

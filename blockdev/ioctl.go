@@ -73,9 +73,14 @@ func dropBlock(fd int, s System, id ID) error {
 
 // dropNode drops the cache of one node, by force where that is allowed.
 func dropNode(fd int) error {
-	err := flushBuffers(fd)
+	return forceOrAdvise(func() error { return flushBuffers(fd) }, func() error { return dropRange(fd) })
+}
+
+// forceOrAdvise falls back from BLKFLSBUF to advice where the right to the former is missing, and only there.
+func forceOrAdvise(force, advise func() error) error {
+	err := force()
 	if errors.Is(err, unix.EACCES) || errors.Is(err, unix.EPERM) {
-		return dropRange(fd)
+		return advise()
 	}
 	return err
 }

@@ -19,8 +19,9 @@ const lockPoll = 20 * time.Millisecond
 type DiskLocks struct{ files []*os.File }
 
 // LockDisks takes the lock by which udev and partitioners leave a disk alone (an exclusive flock on the whole-disk
-// node) for every disk that the given devices are or lie on; images are passed over, they have locks of their own.
-// It waits at most until timeout has passed or ctx ends, for all of them together, and then returns ErrBusy, or what ended ctx.
+// node) for every disk that the given devices are or lie on; images are passed over, they have locks of their own. It
+// waits at most until timeout has passed or ctx ends, for all of them together, and then returns ErrBusy, or what ended
+// ctx.
 //
 // Every program that takes several of these locks takes them in the order of the device numbers, or two of them could
 // wait for each other. Release them last: udev looks at a disk again when its lock goes.

@@ -127,6 +127,9 @@ func TestLoopReadOnly(t *testing.T) {
 	_, err := Open(node, ReadWrite)
 	wantErr(t, err, ErrReadOnly)
 	mustOpen(t, node, ReadOnly)
+	if !blockIsReadOnly(node) || blockIsReadOnly(node+"missing") {
+		t.Error("blockIsReadOnly")
+	}
 	// The failed open must leave no claim behind.
 	if len(claims.disks) != 1 {
 		t.Error(claims.disks)
@@ -205,6 +208,18 @@ func TestInvalidateFallsBack(t *testing.T) {
 		t.Error("BLKFLSBUF on a file:", err)
 	}
 	_ = f.Close()
+	for _, c := range []struct{ force, advise, want error }{
+		{nil, unix.EIO, nil},
+		{unix.EACCES, nil, nil},
+		{unix.EPERM, nil, nil},
+		{unix.EPERM, unix.EBADF, unix.EBADF},
+		{unix.EIO, nil, unix.EIO},
+	} {
+		err := forceOrAdvise(func() error { return c.force }, func() error { return c.advise })
+		if !errors.Is(err, c.want) {
+			t.Errorf("%v, then %v: %v", c.force, c.advise, err)
+		}
+	}
 	fd = -1
 	if err := dropRange(fd); err == nil {
 		t.Error("no error on a closed file")

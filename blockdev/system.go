@@ -262,8 +262,8 @@ func (s System) backingPath(name string) string {
 	return name
 }
 
-// BackingFile returns the identity and path of what the loop device b stands for. It returns fs.ErrNotExist when the file is gone
-// or b is not a loop device.
+// BackingFile returns the identity and path of what the loop device b stands for. It returns fs.ErrNotExist when the
+// file is gone or b is not a loop device.
 func (s System) BackingFile(b Block) (ID, string, error) {
 	if b.Loop == nil {
 		return ID{}, "", fmt.Errorf("cannot find the file behind %s: %w", b.Name, fs.ErrNotExist)

@@ -10,7 +10,8 @@ import (
 	"testing"
 )
 
-// tree writes files below a new root and returns the System there. A name that ends in "@" is a symbolic link to the content.
+// tree writes files below a new root and returns the System there. A name that ends in "@" is a symbolic link to the
+// content.
 func tree(t *testing.T, files map[string]string) System {
 	t.Helper()
 	root := t.TempDir()

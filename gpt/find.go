@@ -40,9 +40,10 @@ type Finder struct {
 //	disk.img@@p2              a partition by its number
 //	PARTUUID=… PARTLABEL=… UUID=ABCD-1234 LABEL=…
 //
-// A path that exists is taken as it is, even with "@@" or "=" in it. The tags are looked for in Among, and only when nothing there fits, on this
-// machine: see List for the disks that are left out. GUIDs, serial numbers and FAT labels are compared without regard to case.
-// A name that fits several volumes gives ErrAmbiguous, one that fits none ErrNotFound or fs.ErrNotExist.
+// A path that exists is taken as it is, even with "@@" or "=" in it. The tags are looked for in Among, and only when
+// nothing there fits, on this machine: see List for the disks that are left out. GUIDs, serial numbers and FAT labels
+// are compared without regard to case. A name that fits several volumes gives ErrAmbiguous, one that fits none
+// ErrNotFound or fs.ErrNotExist.
 func (f *Finder) Find(spec string) (*Location, error) {
 	l, err := f.find(spec)
 	if err != nil {
@@ -265,7 +266,8 @@ func isMBRPartUUID(s string) bool {
 	return err1 == nil && err2 == nil
 }
 
-// pick returns the one location that fits, nil when there is none. A volume that cannot be read does not fit, and is told of.
+// pick returns the one location that fits, nil when there is none. A volume that cannot be read does not fit, and is
+// told of.
 func (f *Finder) pick(all []*Location, fits func(*Location) (bool, error)) (*Location, []string, error) {
 	var found []*Location
 	var problems []string
@@ -303,8 +305,8 @@ func (f *Finder) pick(all []*Location, fits func(*Location) (bool, error)) (*Loc
 	return nil, problems, fmt.Errorf("it %w: it fits %s", ErrAmbiguous, strings.Join(names, ", "))
 }
 
-// fitsIdentity compares the serial number or label that the volume itself holds. Members of an md array are passed over, the
-// array has the same.
+// fitsIdentity compares the serial number or label that the volume itself holds. Members of an md array are passed
+// over, the array has the same.
 func fitsIdentity(l *Location, key, value string) (bool, error) {
 	v, err := l.Open(blockdev.ReadOnly)
 	if err != nil {
@@ -422,8 +424,8 @@ func isQuiet(name string) bool {
 // known under another name (loop, dm), or opening them does things (a tape-like floppy or CD drive spins up).
 var quiet = []string{"loop", "ram", "zram", "sr", "fd", "dm-", "mtdblock"}
 
-// machine returns the volumes on the disks of this machine. A disk that cannot be read is a problem, not an error: another
-// one may hold what is wanted.
+// machine returns the volumes on the disks of this machine. A disk that cannot be read is a problem, not an error:
+// another one may hold what is wanted.
 func (f *Finder) machine() (all []*Location, problems []string, err error) {
 	blocks, err := f.System.Blocks()
 	if err != nil {
@@ -451,7 +453,8 @@ type Listing struct {
 }
 
 // List returns every ESP and XBOOTLDR partition in Among or, when that is empty, on this machine. Of the machine's
-// disks those without a medium, loop devices, RAM disks, CD and floppy drives, dm devices, and members of arrays are left out.
+// disks those without a medium, loop devices, RAM disks, CD and floppy drives, dm devices, and members of arrays are
+// left out.
 func (f *Finder) List() (*Listing, error) {
 	search := f.machine
 	if len(f.Among) > 0 {
@@ -487,8 +490,8 @@ func (f *Finder) List() (*Listing, error) {
 	return list, nil
 }
 
-// Sibling returns the partition of the given type on the same disk as l, the first one in the table as systemd-boot takes it:
-// the XBOOTLDR that goes with an ESP, or the other way round. It returns ErrNotFound when there is none.
+// Sibling returns the partition of the given type on the same disk as l, the first one in the table as systemd-boot
+// takes it: the XBOOTLDR that goes with an ESP, or the other way round. It returns ErrNotFound when there is none.
 func (f *Finder) Sibling(l *Location, typ uuid.UUID) (*Location, error) {
 	fail := func(err error) (*Location, error) {
 		return nil, fmt.Errorf("cannot find the other partition on the disk of %s: %w", l, err)

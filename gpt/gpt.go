@@ -9,8 +9,8 @@
 //	…                entry array   ←─┐
 //	last LBA         backup header ──┘
 //
-// Tables are decoded by go-diskfs, which trusts them. So both headers and all entries are checked here first, and the library is
-// given a small table in memory that is made of checked bytes only.
+// Tables are decoded by go-diskfs, which trusts them. So both headers and all entries are checked here first, and the
+// library is given a small table in memory that is made of checked bytes only.
 package gpt
 
 import (
@@ -21,7 +21,8 @@ import (
 )
 
 var (
-	// TypeESP is the type of an EFI System Partition. UEFI specification, "Defined GPT Partition Entry - Partition Type GUIDs".
+	// TypeESP is the type of an EFI System Partition. UEFI specification, "Defined GPT Partition Entry - Partition Type
+	// GUIDs".
 	TypeESP = uuid.MustParse("c12a7328-f81f-11d2-ba4b-00a0c93ec93b")
 
 	// TypeXBOOTLDR is the type of an extended boot loader partition. Boot Loader Specification, "The Partitions".
@@ -51,7 +52,8 @@ type Partition struct {
 	mbrDisk uint32
 }
 
-// PARTUUID returns what the kernel and udev call the partition: its GUID in lower case or, in an MBR, the disk's signature and the number.
+// PARTUUID returns what the kernel and udev call the partition: its GUID in lower case or, in an MBR, the disk's
+// signature and the number.
 func (p *Partition) PARTUUID() string {
 	if p.MBRType != 0 {
 		return fmt.Sprintf("%08x-%02x", p.mbrDisk, p.Number)

@@ -1,6 +1,7 @@
 package gpt
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -10,10 +11,8 @@ import (
 	"path/filepath"
 	"testing"
 
-	diskfs "github.com/diskfs/go-diskfs/partition/gpt"
-	"github.com/google/uuid"
-
 	"espmirror/blockdev"
+	diskfs "github.com/diskfs/go-diskfs/partition/gpt"
 )
 
 const (
@@ -45,24 +44,20 @@ func memImage(t testing.TB, size int64, sector int, parts ...part) []byte {
 		table.Partitions = append(table.Partitions, &diskfs.Partition{Index: p.number, Type: diskfs.Type(p.typ), GUID: p.guid, Name: p.name,
 			Start: uint64(p.start) / uint64(sector), End: uint64(p.start+p.size)/uint64(sector) - 1, Attributes: 1})
 	}
-	path := filepath.Join(t.TempDir(), "made.img")
-	f, err := os.Create(path)
-	if err != nil {
+	img := make([]byte, size)
+	if err := table.Write(&memWriter{memFile{bytes.NewReader(img)}, img}, size); err != nil {
 		t.Fatal(err)
 	}
-	defer f.Close()
-	if err := f.Truncate(size); err != nil {
-		t.Fatal(err)
-	}
-	if err := table.Write(f, size); err != nil {
-		t.Fatal(err)
-	}
-	b, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return b
+	return img
 }
+
+// memWriter lets go-diskfs write into memory; on a real file it syncs five times an image.
+type memWriter struct {
+	memFile
+	img []byte
+}
+
+func (w *memWriter) WriteAt(p []byte, off int64) (int, error) { return copy(w.img[off:], p), nil }
 
 // writeImage puts an image into a file.
 func writeImage(t testing.TB, b []byte) string {
@@ -125,7 +120,8 @@ func mustRead(t *testing.T, img []byte) *Table {
 	return table
 }
 
-// fat fills b with a boot sector and root directory that have the given serial and label, as mkfs.fat makes them for FAT12.
+// fat fills b with a boot sector and root directory that have the given serial and label, as mkfs.fat makes them for
+// FAT12.
 func fat(b []byte, serial uint32, label string) {
 	le := binary.LittleEndian
 	copy(b, "\xeb\x3c\x90mkfs.fat")
@@ -147,5 +143,3 @@ func fat(b []byte, serial uint32, label string) {
 		copy(root[32:], fmt.Sprintf("%-11s\x08", label))
 	}
 }
-
-var _ = uuid.Nil

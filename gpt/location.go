@@ -18,7 +18,8 @@ var (
 	ErrChanged = errors.New("has changed since it was found")
 )
 
-// Location is where a volume is. It stays valid while nobody changes the partition table, and Open notices when its path leads to something else.
+// Location is where a volume is. It stays valid while nobody changes the partition table, and Open notices when its
+// path leads to something else.
 type Location struct {
 	Spec       string     // what the user called it
 	Path       string     // device node or image to open
@@ -35,8 +36,8 @@ type Location struct {
 	system blockdev.System
 }
 
-// String returns the canonical name of the volume, which Find understands: the path, followed by "@@p2" or "@@OFFSET" when the
-// volume is only a part of it.
+// String returns the canonical name of the volume, which Find understands: the path, followed by "@@p2" or "@@OFFSET"
+// when the volume is only a part of it.
 func (l *Location) String() string {
 	switch {
 	case l.Part != nil && !l.PartNode:
@@ -87,8 +88,9 @@ func (l *Location) Open(mode blockdev.Mode) (*Volume, error) {
 	return &Volume{Device: w, disk: d}, nil
 }
 
-// CheckESP returns ErrNotESP unless the volume is an ESP or XBOOTLDR partition. A volume without any table around it, a bare image, passes: nothing
-// says what it is. A partition that shares bytes with another one does not pass, for it cannot be written without harm.
+// CheckESP returns ErrNotESP unless the volume is an ESP or XBOOTLDR partition. A volume without any table around it, a
+// bare image, passes: nothing says what it is. A partition that shares bytes with another one does not pass, for it
+// cannot be written without harm.
 func (l *Location) CheckESP() error {
 	fail := func(err error) error { return fmt.Errorf("cannot use %s: %w", l, err) }
 	if l.Part == nil {
@@ -149,8 +151,9 @@ func (l *Location) extent() (extent, error) {
 	return e, nil
 }
 
-// SameVolume says whether two locations share storage: the same bytes, or overlapping ones, whatever the paths. Symbolic links, partitions and
-// the whole disk, and loop devices over images are seen through; md and dm devices are not (their members are in use, and cannot be opened for writing).
+// SameVolume says whether two locations share storage: the same bytes, or overlapping ones, whatever the paths.
+// Symbolic links, partitions and the whole disk, and loop devices over images are seen through; md and dm devices are
+// not (their members are in use, and cannot be opened for writing).
 func SameVolume(a, b *Location) (bool, error) {
 	x, err := a.extent()
 	if err != nil {
@@ -231,7 +234,8 @@ func (f *Finder) whole(s *source) *Location {
 }
 
 // part returns the location of a partition: its node when the kernel has one, since the page caches of disk and
-// partition do not agree, else a window on the disk. It returns ErrChanged when the kernel's idea of the partition is another one than the table's.
+// partition do not agree, else a window on the disk. It returns ErrChanged when the kernel's idea of the partition is
+// another one than the table's.
 func (f *Finder) part(s *source, p *Partition) (*Location, error) {
 	l := &Location{Spec: s.spec, Path: s.path, Offset: p.Start, Size: p.Size, SectorSize: s.sector, Part: p,
 		Disk: s.path, DiskTable: s.table, id: s.id, system: f.System}
@@ -259,8 +263,8 @@ func (f *Finder) part(s *source, p *Partition) (*Location, error) {
 	return l, nil
 }
 
-// partNode returns the location of a partition node. What its disk says about it is found by number and place; without that Part is nil,
-// and TableErr says why.
+// partNode returns the location of a partition node. What its disk says about it is found by number and place; without
+// that Part is nil, and TableErr says why.
 func (f *Finder) partNode(spec, path string, b blockdev.Block, id blockdev.ID) (*Location, error) {
 	l := &Location{Spec: spec, Path: path, Size: b.Size, PartNode: true, id: id, system: f.System}
 	disk, err := f.System.Block(b.Disk)

@@ -28,7 +28,8 @@ func mbrEntry(sector []byte, i int) []byte {
 // hasMBRSignature says whether a first sector ends in 55 AA.
 func hasMBRSignature(sector []byte) bool { return sector[510] == 0x55 && sector[511] == 0xaa }
 
-// isProtective says whether a first sector says that the disk belongs to a GPT. One EE entry among others (a hybrid MBR) is enough.
+// isProtective says whether a first sector says that the disk belongs to a GPT. One EE entry among others (a hybrid
+// MBR) is enough.
 func isProtective(sector []byte) bool {
 	if !hasMBRSignature(sector) {
 		return false
@@ -41,8 +42,8 @@ func isProtective(sector []byte) bool {
 	return false
 }
 
-// readMBR returns the primary partitions of a plain MBR. Logical partitions are not looked for: firmware takes no ESP from an
-// extended partition.
+// readMBR returns the primary partitions of a plain MBR. Logical partitions are not looked for: firmware takes no ESP
+// from an extended partition.
 func readMBR(d blockdev.Device, sector []byte) (*Table, error) {
 	if !hasMBRSignature(sector) {
 		return nil, ErrNoTable

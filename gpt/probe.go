@@ -45,8 +45,8 @@ var magics = []magic{
 
 // Probe returns the name of the filesystem or container that the device holds, as messages name it: FSFAT, FSExFAT,
 // "NTFS", "LUKS", …; "" when nothing is known. A FAT volume that is also part of an md array is FSMDMember: writing to
-// it behind md's back would tear the array's halves apart. What cannot be read counts as unknown; only an error on the first sector is
-// returned.
+// it behind md's back would tear the array's halves apart. What cannot be read counts as unknown; only an error on the
+// first sector is returned.
 func Probe(d blockdev.Device) (string, error) {
 	first, err := readFirst(d)
 	if err != nil {
@@ -158,7 +158,8 @@ func identity(d blockdev.Device) (serial, label string, ok bool, err error) {
 	if !fatBootSector(b) {
 		return "", "", false, nil
 	}
-	// fatgen103, "Extended BPB": the fields lie 28 bytes further on in FAT32, which is known by its 16-bit FAT size being 0.
+	// fatgen103, "Extended BPB": the fields lie 28 bytes further on in FAT32, which is known by its 16-bit FAT size
+	// being 0.
 	ext := b[36:]
 	if le.Uint16(b[22:]) == 0 {
 		ext = b[64:]
@@ -184,8 +185,8 @@ func formatSerial(v uint32) string { return fmt.Sprintf("%04X-%04X", v>>16, v&0x
 // trimLabel drops the padding of a label.
 func trimLabel(b []byte) string { return strings.TrimRight(string(bytes.TrimRight(b, "\x00")), " ") }
 
-// rootLabel looks for the label entry in the root directory: all of it on FAT12 and FAT16, its first cluster on FAT32, where
-// formatting programs put it. fatgen103, "FAT Directory Structure", ATTR_VOLUME_ID.
+// rootLabel looks for the label entry in the root directory: all of it on FAT12 and FAT16, its first cluster on FAT32,
+// where formatting programs put it. fatgen103, "FAT Directory Structure", ATTR_VOLUME_ID.
 func rootLabel(d blockdev.Device, b []byte) (string, bool) {
 	le := binary.LittleEndian
 	sector, cluster := int64(le.Uint16(b[11:])), int64(b[13])

@@ -19,12 +19,12 @@ import (
 // Read returns the partition table of a whole disk or image.
 //
 // Both the sector size that the device reports and the other usual one are tried, for an image file does not know that
-// it was made for a disk with 4096-byte sectors. The primary table counts; when it is damaged, the backup at the end of the disk, or where
-// the primary header says that it is. A copy that is damaged or differs, and entries that cannot be used, are reported in Table.Problems.
+// it was made for a disk with 4096-byte sectors. The primary table counts; when it is damaged, the backup at the end of
+// the disk, or where the primary header says that it is. A copy that is damaged or differs, and entries that cannot be
+// used, are reported in Table.Problems.
 //
-// Without a protective MBR the partitions of the MBR count, if there are any. A protective MBR itself is no table: with both
-// GPT headers bad, Read returns ErrDamaged.
-// A device without any table gives ErrNoTable.
+// Without a protective MBR the partitions of the MBR count, if there are any. A protective MBR itself is no table: with
+// both GPT headers bad, Read returns ErrDamaged. A device without any table gives ErrNoTable.
 func Read(d blockdev.Device) (*Table, error) {
 	t, err := read(d)
 	if err != nil {
@@ -43,7 +43,8 @@ func read(d blockdev.Device) (*Table, error) {
 	}
 	protective := isProtective(mbr)
 
-	// A boot sector of FAT with no protective entry is a volume, even when an older life of the disk left a backup table at its end.
+	// A boot sector of FAT with no protective entry is a volume, even when an older life of the disk left a backup
+	// table at its end.
 	if !protective && fatBootSector(mbr) {
 		return nil, fmt.Errorf("%w: the whole device is one FAT volume", ErrNoTable)
 	}
@@ -232,8 +233,8 @@ func (t *Table) findConflicts() {
 }
 
 // decodeByLibrary gives the library a table of its own kind: header size 92, entries of 128 bytes (a longer entry only
-// adds fields that nobody has defined), as the primary table at LBA 1, in memory. It so never reads what was not checked, cannot be
-// shown other bytes than we were, and takes backups from any place.
+// adds fields that nobody has defined), as the primary table at LBA 1, in memory. It so never reads what was not
+// checked, cannot be shown other bytes than we were, and takes backups from any place.
 func decodeByLibrary(h *header, sector int) (t *diskfs.Table, err error) {
 	defer func() {
 		if r := recover(); r != nil {
