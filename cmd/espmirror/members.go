@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -364,6 +365,8 @@ func (o *outcome) state() string {
 		return "stopped"
 	case o.err == nil:
 		return string(o.result.Outcome)
+	case errors.Is(o.err, context.Canceled):
+		return "stopped"
 	case errors.As(o.err, new(missing)):
 		return "missing"
 	case errors.Is(o.err, replicate.ErrNeedsRecovery):
@@ -376,8 +379,9 @@ func (o *outcome) state() string {
 	return "failed"
 }
 
-// outcomes joins the results with the targets that never got that far, in the order of the command line.
-func (m *members) outcomes(results []replicate.Result) []*outcome {
+// outcomes joins the results with the targets that never got that far, in the order of the command line. runErr is what
+// stopped the run for all of them, nil when nothing did.
+func (m *members) outcomes(results []replicate.Result, runErr error) []*outcome {
 	var all []*outcome
 	for _, t := range m.targets {
 		o := &outcome{member: t, err: t.err}
@@ -386,8 +390,11 @@ func (m *members) outcomes(results []replicate.Result) []*outcome {
 			o.result = r
 			if r.Err != nil {
 				o.err = recoverHint(prefixed(m.verb, t.name, r.Err), t.name)
-				if r.Outcome == replicate.Refused {
+				switch {
+				case r.Outcome == replicate.Refused:
 					o.err = refusal{o.err}
+				case errors.Is(runErr, context.Canceled):
+					o.err = interrupted{fmt.Errorf("%w: %w", o.err, runErr)}
 				}
 			}
 		}

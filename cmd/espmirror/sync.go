@@ -78,7 +78,7 @@ func (inv *invocation) replicate(m *members, o replicate.Options, run engineRun,
 		return nil, err
 	}
 	m.close() // what fails in closing a target belongs to its outcome
-	outcomes := m.outcomes(results)
+	outcomes := m.outcomes(results, err)
 	rep := newRunReport(m, src.Name(), o, outcomes)
 	rep.quiet, rep.verbose = inv.quiet, inv.verbose
 	if err != nil {
