@@ -37,9 +37,9 @@ func Recover(ctx context.Context, t *Target, o RecoverOptions) (*Recovery, error
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
 	}
-	dev := t.Dev
+	dev := blockdev.Device(&latch{Device: t.Dev})
 	if o.DryRun {
-		dev = blockdev.NewOverlay(dev)
+		dev = blockdev.NewOverlay(t.Dev)
 	}
 	v, err := openTarget(dev)
 	if err != nil {

@@ -139,9 +139,9 @@ func (r *run) stop(sides []*side, err error) error {
 
 // open is P0: recover first, then a strict walk.
 func (r *run) open(s *side) {
-	s.dev = s.t.Dev
+	s.dev = &latch{Device: s.t.Dev}
 	if r.opt.DryRun {
-		s.dev = blockdev.NewOverlay(s.dev)
+		s.dev = blockdev.NewOverlay(s.t.Dev)
 	}
 	s.count = blockdev.NewCounting(s.dev)
 	s.dev = s.count
