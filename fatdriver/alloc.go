@@ -142,3 +142,13 @@ func (a *allocator) shortfall(keepFree int64) error {
 	}
 	return fmt.Errorf("%w: %d bytes short", err, (a.asked+keep-a.total)*cs)
 }
+
+// Allocatable is the number of clusters that a transaction could allocate: the free ones, less those whose FAT12 entry
+// lies in two sectors.
+func (t *Tree) Allocatable() (int64, error) {
+	a, err := newAllocator(t.vol)
+	if err != nil {
+		return 0, err
+	}
+	return a.total, nil
+}

@@ -63,10 +63,13 @@ func Pending(t *Target) (bool, error) {
 		return false, fmt.Errorf("cannot look at %s: %w", t.Name, err)
 	}
 	log, _, _, err := findJournal(v, tree)
-	if err != nil || log == nil {
-		return false, nil
+	if errors.Is(err, journal.ErrBinding) || errors.Is(err, journal.ErrInvalid) {
+		return false, nil // it holds nothing that recovery could act on
 	}
-	return log.Status().State != journal.Idle, nil
+	if err != nil {
+		return false, fmt.Errorf("cannot look at %s: %w", t.Name, err)
+	}
+	return log != nil && log.Status().State != journal.Idle, nil
 }
 
 // recoverVolume is R1 to R6. The volume was opened with its caches dropped.
