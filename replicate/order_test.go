@@ -187,6 +187,20 @@ func TestLargeSectorsOnSmallBlocks(t *testing.T) {
 	all := orderCases()
 	maps.Copy(all, map[string][2]map[string]string{"files in the root": crashCases()["files in the root"], "kernel update": crashCases()["kernel update"]})
 	sel := Selection{Select: append([]string{"Long name in the root.img"}, orderSelect.Select...)}
+	// Names of nine slots in the root: some of them lie across the blocks of the device, and several switch at once.
+	long0, long1 := map[string]string{"loader/loader.conf": "x"}, map[string]string{"loader/loader.conf": "x"}
+	for i := range 9 {
+		name := fmt.Sprintf("%c%s.img", 'a'+i, strings.Repeat(fmt.Sprint(i), 100))
+		sel.Select = append(sel.Select, name)
+		if i%2 == 0 {
+			long0[name] = strings.Repeat("0", 700)
+		}
+		long1[name] = strings.Repeat("1", 800)
+	}
+	all["long names in the root"] = [2]map[string]string{long0, long1}
+	all["long names in the root go"] = [2]map[string]string{long1, long0}
+	all["short names in the root"] = [2]map[string]string{{"a": "1", "loader/l": "2"}, {"a": "2", "loader/l": "3", "b": "4"}}
+	sel.Select = append(sel.Select, "a", "b")
 	for name, trees := range all {
 		for _, g := range []geometry{big, tiny} {
 			t.Run(name+"/"+g.name, func(t *testing.T) {
