@@ -106,6 +106,13 @@ func (v *Volume) checkBoot(r *Report) {
 	if v.boot[dirty]&2 != 0 {
 		r.note(Note, "", 0, dirty, "the boot sector asks for a surface test")
 	}
+	if !g.HasSerial {
+		off := int64(offBootSig16)
+		if g.Type == FAT32 {
+			off = offBootSig32
+		}
+		r.note(Note, "", 0, off, "the boot sector has no serial: its extended signature is 0x%02x, want 0x29", v.boot[off])
+	}
 	if g.Type == FAT32 {
 		for _, f := range []struct {
 			off  int64
@@ -347,7 +354,8 @@ func (v *Volume) checkReserved(r *Report) error {
 		// GRUB and mtools take such a volume for something else.
 		r.note(Damage, "", 0, off, "FAT[0] is 0x%x, want the media byte 0x%02x in its low bits", e0, v.geo.Media)
 	case e0&ones != ones:
-		r.note(Note, "", 0, off, "FAT[0] is 0x%x, want 0x%x", e0, ones|uint32(v.geo.Media))
+		// fsck.fat takes the whole copy for corrupt and gives up.
+		r.note(Warning, "", 0, off, "FAT[0] is 0x%x, want 0x%x", e0, ones|uint32(v.geo.Media))
 	}
 	if clean != 0 && e1&clean == 0 {
 		r.note(Warning, "", 0, at1, "FAT[1] is 0x%x: its clean bit is not set, the volume was not unmounted", e1)

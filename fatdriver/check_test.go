@@ -61,7 +61,14 @@ func TestCheckFindings(t *testing.T) {
 			entry(d, v, 1, map[Type]uint32{FAT16: 0xBFFF, FAT32: 0x0BFFFFFF}[v.geo.Type])
 		}, []want{{Warning, "no-error bit"}}},
 		{"media", nil, func(d *sparseDev, v *Volume) { entry(d, v, 0, 0x0FFFFFF0) }, []want{{Damage, "want the media byte 0xf8"}}},
-		{"FAT[0] ones", nil, func(d *sparseDev, v *Volume) { entry(d, v, 0, 0x0F8) }, []want{{Note, "FAT[0] is 0xf8"}}},
+		{"FAT[0] ones", nil, func(d *sparseDev, v *Volume) { entry(d, v, 0, 0x0F8) }, []want{{Warning, "FAT[0] is 0xf8"}}},
+		{"extended signature", nil, func(d *sparseDev, v *Volume) {
+			off := int64(offBootSig16)
+			if v.geo.Type == FAT32 {
+				off = offBootSig32
+			}
+			boot(d, v, off, 0x1F)
+		}, []want{{Note, "its extended signature is 0x1f"}, {Note, "label"}}},
 		{"copies", nil, func(d *sparseDev, v *Volume) { entry(d, v, 1000, 7, 1) },
 			[]want{{Warning, "cluster 1000: FAT copy 1 differs from copy 0 in 1 sectors"}}},
 		{"lost chain", nil, func(d *sparseDev, v *Volume) {
@@ -119,6 +126,11 @@ func TestCheckFindings(t *testing.T) {
 			boot(d, v, offExtFlags32, 0x81)
 			entry(d, v, 1000, 7, 0)
 		}, []want{{Warning, "mirroring is off"}, {Note, "FAT copy 0 differs from copy 1 in 1 sectors, here first (mirroring is off)"}}},
+		{"dots", nil, func(d *sparseDev, v *Volume) {
+			off := v.geo.ClusterOff(mustFirst(t, v, "d"))
+			d.poke(off+offNTRes, ntNoShort)
+			d.poke(off+slotSize+offAttr, AttrArchive)
+		}, []want{{Warning, `/d: "." is marked as having no short name`}, {Damage, `/d: ".." has the attributes 0x20`}}},
 		{"end marker", nil, func(d *sparseDev, v *Volume) {
 			off := v.geo.RootOff + v.geo.RootSize
 			if v.geo.Type == FAT32 {
@@ -126,6 +138,13 @@ func TestCheckFindings(t *testing.T) {
 			}
 			d.poke(off-1, 1)
 		}, []want{{Note, "after the end marker"}}},
+		{"entry after the end marker", nil, func(d *sparseDev, v *Volume) {
+			off := v.geo.RootOff + v.geo.RootSize
+			if v.geo.Type == FAT32 {
+				off = v.geo.ClusterOff(2) + int64(v.geo.ClusterSize)
+			}
+			d.poke(off-slotSize, 'X')
+		}, []want{{Warning, "after the end marker"}}},
 	} {
 		for _, typ := range []Type{FAT12, FAT16, FAT32} {
 			if c.types != nil && !strings.Contains(fmt.Sprint(c.types), typ.String()) {

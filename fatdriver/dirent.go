@@ -50,10 +50,12 @@ const (
 	attrLongMask = 0x3F
 )
 
-// NT case bits in offNTRes: the base or the extension of the short name is shown in lower case.
+// NT bits in offNTRes: the base or the extension of the short name is shown in lower case; or there is no short name,
+// and what stands in its place is invalid on purpose, as Windows has it for encrypted files.
 const (
 	ntLowerBase = 0x08
 	ntLowerExt  = 0x10
+	ntNoShort   = 0x20
 )
 
 var longUnitOff = [longUnits]int{1, 3, 5, 7, 9, 14, 16, 18, 20, 22, 24, 28, 30}
@@ -330,9 +332,13 @@ func parseDir(t Type, raw []byte, isRoot bool) *parsedDir {
 		}
 		e.Index = from
 		e.Group = append([]byte(nil), raw[from*slotSize:(i+1)*slotSize]...)
-		if why := badShortName(s); why != "" {
-			// Windows gives encrypted files such a short name on purpose. With a long name every reader goes by that.
+		switch why, none := badShortName(s), s[offNTRes]&ntNoShort != 0; {
+		case why != "" && none && e.Name != "": // as it should be
+		case why != "":
+			// With a long name every reader goes by that.
 			note(i, e.Name == "", "short name %q %s", s[:11], why)
+		case none:
+			note(i, false, "%q is marked as having no short name, but has a valid one", s[:11])
 		}
 		if e.Name == "" {
 			e.Name = displayShort(s)

@@ -23,7 +23,7 @@ type FormatOptions struct {
 	SectorsPerCluster int    // 1 to 128, at most 64 KiB a cluster; 0: by the size of the volume
 	NumFATs           int    // 1 or 2; 0: 2
 	Serial            uint32 // BS_VolID
-	Label             string // at most 11 characters of code page 437; "": none
+	Label             string // at most 11 ASCII characters; "": none
 
 	// LabelTime is the time of the label's entry in the root directory; the zero time is stored as zero.
 	LabelTime time.Time
@@ -442,9 +442,6 @@ func (p *formatPlan) build(o FormatOptions, label [11]byte) {
 	if label != noLabel {
 		Meta{Modified: o.LabelTime}.put(p.root)
 		copy(p.root, label[:])
-		if p.root[0] == slotDeleted {
-			p.root[0] = slotKanjiE5
-		}
 		p.root[offAttr] = AttrLabel
 	}
 }
@@ -471,26 +468,19 @@ func encodeLabel(label string) ([11]byte, error) {
 	if label == "" || label == "NO NAME" {
 		return out, nil
 	}
-	b := make([]byte, 0, 11)
 	for _, r := range label {
-		c := byte(r)
-		switch i := slices.Index(cp437, r); {
-		case r >= 0x80 && i < 0:
-			return out, formatErr("label %q: %q is not in code page 437", label, r)
-		case r >= 0x80:
-			c = byte(0x80 + i)
-		case r < 0x20 || r == 0x7F || strings.IndexByte(badShortChars, c) >= 0:
+		// Beyond ASCII the bytes mean something else in each code page, and fsck.fat objects to them.
+		if r < 0x20 || r >= 0x7F || strings.ContainsRune(badShortChars, r) {
 			return out, formatErr("label %q: %q is not allowed", label, r)
 		}
-		b = append(b, c)
 	}
 	switch {
-	case b[0] == ' ':
+	case label[0] == ' ':
 		return out, formatErr("label %q begins with a space", label)
-	case len(b) > len(out):
-		return out, formatErr("label %q has %d characters; at most %d are possible", label, len(b), len(out))
+	case len(label) > len(out):
+		return out, formatErr("label %q has %d characters; at most %d are possible", label, len(label), len(out))
 	}
 	copy(out[:], "           ")
-	copy(out[:], b)
+	copy(out[:], label)
 	return out, nil
 }

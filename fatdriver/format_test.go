@@ -155,7 +155,7 @@ func TestFormatOptions(t *testing.T) {
 	at := time.Date(2024, 2, 29, 12, 34, 56, 0, time.UTC)
 	for _, typ := range []Type{FAT12, FAT16, FAT32} {
 		d, v := mustFormat(t, map[Type]int64{FAT12: 2 << 20, FAT16: 20 << 20, FAT32: 80 << 20}[typ], FormatOptions{
-			Type: typ, Serial: 0xCAFE0123, Label: "ÉSP 1", LabelTime: at, HiddenSectors: 0x11223344, Align: 1 << 20,
+			Type: typ, Serial: 0xCAFE0123, Label: "Esp #1", LabelTime: at, HiddenSectors: 0x11223344, Align: 1 << 20,
 		})
 		g := v.Geometry()
 		if v.UUID() != "CAFE-0123" || g.DataOff%(1<<20) != 0 {
@@ -165,7 +165,7 @@ func TestFormatOptions(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if tr.Label != "ÉSP 1" || v.bootLabel() != "ÉSP 1" || !tr.Root.labels[0].ModTime().Equal(at) {
+		if tr.Label != "Esp #1" || v.bootLabel() != "Esp #1" || !tr.Root.labels[0].ModTime().Equal(at) {
 			t.Errorf("%v: labels %q and %q", typ, tr.Label, v.bootLabel())
 		}
 		if !bytes.Equal(v.boot[28:32], []byte{0x44, 0x33, 0x22, 0x11}) {
@@ -175,6 +175,9 @@ func TestFormatOptions(t *testing.T) {
 			t.Errorf("%v: the jump % x does not lead to the halt", typ, v.boot[:3])
 		}
 		checkClean(t, d)
+		if fsck := toolPath("fsck.fat"); fsck != "" {
+			fsckClean(t, fsck, d.file(t))
+		}
 	}
 	// Exact values, without any alignment.
 	_, v := mustFormat(t, 1440<<10, FormatOptions{Type: FAT12, Align: 1, RootEntries: 224, SectorsPerCluster: 1})
@@ -206,7 +209,7 @@ func TestFormatErrors(t *testing.T) {
 		{200 << 20, 512, FormatOptions{Align: 64 << 20}, "at most 65535"},
 		{64 << 20, 512, FormatOptions{Label: "TWELVE CHARS"}, "at most 11"},
 		{64 << 20, 512, FormatOptions{Label: "A/B"}, "not allowed"},
-		{64 << 20, 512, FormatOptions{Label: "Ж"}, "code page 437"},
+		{64 << 20, 512, FormatOptions{Label: "É"}, "not allowed"},
 		{64 << 20, 512, FormatOptions{Label: " A"}, "begins with a space"},
 		{30 << 20, 512, FormatOptions{Type: FAT32}, "at least 65541"},
 		{64 << 20, 512, FormatOptions{Type: FAT32, SectorsPerCluster: 8}, "at least 65541"},

@@ -233,3 +233,22 @@ func TestFSConcurrent(t *testing.T) {
 	}
 	wg.Wait()
 }
+
+// TestFSDuplicates: of two entries with one name the first counts, as for every other reader.
+func TestFSDuplicates(t *testing.T) {
+	d, v := mustFormat(t, 2<<20, FormatOptions{})
+	populate(t, d, map[string]string{"A.TXT": "first", "B.TXT": "second"}, 1)
+	d.poke(v.geo.RootOff+slotSize, 'A')
+	tr := mustScan(t, v)
+	fsys := tr.FS()
+	list, err := fs.ReadDir(fsys, ".")
+	if err != nil || len(list) != 1 || tr.Damage() == nil {
+		t.Error(list, err, tr.Damage())
+	}
+	if b, err := fs.ReadFile(fsys, "a.txt"); string(b) != "first" || err != nil {
+		t.Errorf("%q, %v", b, err)
+	}
+	if n := tr.Lookup("A.TXT"); n != tr.Root.Children[0] {
+		t.Error("Lookup finds another file")
+	}
+}

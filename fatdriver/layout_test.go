@@ -329,6 +329,35 @@ func TestLongNameErrors(t *testing.T) {
 	}
 }
 
+// TestNoShortName: with the bit that says so, an invalid short name is right and a valid one wrong; a new alias clears it.
+func TestNoShortName(t *testing.T) {
+	set := newNameSet()
+	g, err := set.newGroup("secret file.txt.PFILE", nil, Meta{}, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := g[len(g)-slotSize:]
+	s[offNTRes] = ntNoShort
+	if d := parseDir(FAT32, g, true); len(d.issues) != 1 || d.issues[0].fatal {
+		t.Errorf("a valid short name: %v", d.issues)
+	}
+	copy(s, "S:CRET~1PFI")
+	putLongName(g, units("secret file.txt.PFILE"))
+	if d := parseDir(FAT32, g, true); len(d.issues) != 0 || d.entries[0].Name != "secret file.txt.PFILE" {
+		t.Errorf("an invalid short name: %v", d.issues)
+	}
+	other := newNameSet()
+	other.short[Fold(displayPlain(s))] = true
+	g, err = other.newGroup("secret file.txt.PFILE", g, Meta{}, false)
+	if d := parseDir(FAT32, g, true); err != nil || len(d.issues) != 0 {
+		t.Errorf("with a new alias: %v, %v", d.issues, err)
+	}
+	s[offNTRes] = 0
+	if d := parseDir(FAT32, s, true); len(d.issues) != 1 || !d.issues[0].fatal {
+		t.Errorf("an invalid short name alone: %v", d.issues)
+	}
+}
+
 func TestShortForm(t *testing.T) {
 	for _, c := range []struct {
 		name, short string

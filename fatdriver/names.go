@@ -266,6 +266,7 @@ func (n *nameSet) newGroup(name string, template []byte, meta Meta, dir bool) ([
 				return nil, err
 			}
 			copy(short, alias[:])
+			short[offNTRes] &^= ntNoShort   // now it has one
 			putLongName(group, units(name)) // the new alias has another checksum
 			n.claimShort(name, short)
 		}

@@ -1,6 +1,7 @@
 package fatdriver
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -100,7 +101,9 @@ func (n *Node) Child(name string) *Node {
 	if n.byName == nil {
 		n.byName = make(map[string]*Node, len(n.Children))
 		for _, c := range n.Children {
-			n.byName[Fold(c.Name())] = c
+			if k := Fold(c.Name()); n.byName[k] == nil { // of two equal names every reader finds the first
+				n.byName[k] = c
+			}
 		}
 	}
 	if c := n.byName[Fold(name)]; c != nil {
@@ -285,12 +288,16 @@ func (t *Tree) walk(dir *Node, depth int) error {
 	if !isRoot {
 		t.checkDots(dir, d)
 	}
-	for i := (d.end + 1) * slotSize; i < len(raw); i++ {
-		if raw[i] != 0 {
-			// EDK2 reads on past an end marker whose attribute byte has bit 3 set; a shadow is zeroed whole.
-			t.note(Note, dir, 0, "slots after the end marker are not empty")
-			break
+	if tail := raw[min((d.end+1)*slotSize, len(raw)):]; len(bytes.TrimLeft(tail, "\x00")) > 0 {
+		// EDK2 reads on past an end marker whose attribute byte has bit 3 set; a shadow is zeroed whole. fsck.fat does
+		// not stop at the marker at all, and takes what follows for entries unless it is deleted.
+		sev := Note
+		for i := 0; i < len(tail); i += slotSize {
+			if tail[i] != slotEnd && tail[i] != slotDeleted {
+				sev = Warning
+			}
 		}
+		t.note(sev, dir, 0, "slots after the end marker are not empty")
 	}
 	seen := newNameSet()
 	for _, e := range d.entries {
@@ -309,6 +316,15 @@ func (t *Tree) walk(dir *Node, depth int) error {
 }
 
 func (t *Tree) checkDots(dir *Node, d *parsedDir) {
+	for i, s := range d.dots {
+		switch {
+		case s == nil:
+		case s[offAttr]&AttrDir == 0:
+			t.note(Damage, dir, 0, "%q has the attributes 0x%02x, which are not a directory's", "..."[:i+1], s[offAttr])
+		case s[offNTRes]&ntNoShort != 0:
+			t.note(Warning, dir, 0, "%q is marked as having no short name", "..."[:i+1])
+		}
+	}
 	if s := d.dots[0]; s != nil {
 		if c := slotCluster(t.vol.geo.Type, s); c != dir.cluster() {
 			t.note(Damage, dir, 0, `"." points to cluster %d, want %d`, c, dir.cluster())

@@ -101,12 +101,13 @@ type invocation struct {
 	out                  *bufio.Writer
 	report               report
 	err                  error
+	bar                  *progress // nil until there is one
 }
 
 // run runs one command line, the program's name first, and returns the exit status.
 func (a *app) run(ctx context.Context, args []string) int {
 	inv := &invocation{app: a, ctx: ctx, json: earlyJSON(args), out: bufio.NewWriter(a.stdout)}
-	inv.log = newLogger(a.stderr, slog.LevelInfo)
+	inv.log = newLogger(logWriter{inv}, slog.LevelInfo)
 	// What the library itself returns is about the command line; the commands leave theirs in inv.err.
 	if err := inv.cli().RunContext(ctx, args); err != nil && inv.err == nil {
 		inv.err = err
@@ -117,6 +118,9 @@ func (a *app) run(ctx context.Context, args []string) int {
 // finish prints the report and the error, and returns the exit status.
 func (inv *invocation) finish() int {
 	code := exitCode(inv.err)
+	if code == exitInterrupt {
+		inv.err = interrupted{inv.err}
+	}
 	if inv.json != "off" {
 		if inv.report == nil && inv.err != nil {
 			inv.report = &failure{}
@@ -410,7 +414,7 @@ func (inv *invocation) configure() error {
 	case ok:
 		level = l
 	}
-	inv.log = newLogger(inv.stderr, level)
+	inv.log = newLogger(logWriter{inv}, level)
 	return nil
 }
 

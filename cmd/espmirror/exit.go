@@ -57,6 +57,12 @@ func (r refusal) Is(target error) bool { return target == replicate.ErrRefused }
 
 func refusef(format string, a ...any) error { return refusal{fmt.Errorf(format, a...)} }
 
+// interrupted stands for whatever an operation said when it was told to stop.
+type interrupted struct{ error }
+
+func (i interrupted) Error() string { return "interrupted" }
+func (i interrupted) Unwrap() error { return i.error }
+
 // missing marks the error of a target that is not there, as opposed to one that is wrong.
 type missing struct{ error }
 
@@ -143,7 +149,7 @@ func (e *targetsError) exitCode() int {
 type volumesError struct{ errs []error }
 
 func (e *volumesError) Error() string {
-	return fmt.Sprintf("%v (and %s more)", e.errs[0], plural(int64(len(e.errs)-1), "error", "errors"))
+	return fmt.Sprintf("%v (and %s)", e.errs[0], plural(int64(len(e.errs)-1), "more error", "more errors"))
 }
 
 // Unwrap returns every error.

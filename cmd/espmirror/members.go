@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -40,7 +41,8 @@ type member struct {
 	vol    *volume       // open for reading; nil for a directory and once the guards have passed a target
 	open   *gpt.Volume   // a target that has passed
 	serial string
-	err    error // why a target takes no part
+	err    error // why a target takes no part, or could not be closed
+	place  int   // of its result among the results, from 1; 0 when it took no part
 }
 
 func setFlags() []cli.Flag {
@@ -171,7 +173,7 @@ func (m *members) source() (replicate.Source, error) {
 		return nil, fmt.Errorf("cannot use primary %s: %w", p.name, err)
 	}
 	if p.loc != nil {
-		if err := m.checkType(p.loc); err != nil {
+		if err := m.inv.checkType(p.loc); err != nil {
 			return fail(err)
 		}
 		vol, err := m.inv.openLocation(p.name, p.loc)
@@ -199,7 +201,7 @@ func (m *members) source() (replicate.Source, error) {
 	}
 	src, err := replicate.OpenVolumeSource(p.name, p.vol.fat)
 	if err != nil {
-		return fail(err)
+		return fail(refuseContent(err))
 	}
 	return src, nil
 }
@@ -212,22 +214,6 @@ func refuseContent(err error) error {
 		}
 	}
 	return err
-}
-
-// checkType refuses partitions of another type.
-func (m *members) checkType(loc *gpt.Location) error {
-	err := loc.CheckESP()
-	if err == nil {
-		return nil
-	}
-	if !errors.Is(err, gpt.ErrNotESP) {
-		return refusal{err}
-	}
-	if relaxed() {
-		m.inv.log.Debug("SYSTEMD_RELAX_ESP_CHECKS is set", "volume", loc.String(), "overlooked", err.Error())
-		return nil
-	}
-	return withHint(err, "set its type, or set SYSTEMD_RELAX_ESP_CHECKS=1 to use it as it is")
 }
 
 // inspect looks at each target by itself, for reading, and leaves those that do not pass with an error.
@@ -244,7 +230,7 @@ func (m *members) inspect() {
 }
 
 func (m *members) inspectOne(t *member) error {
-	if err := m.checkType(t.loc); err != nil {
+	if err := m.inv.checkType(t.loc); err != nil {
 		return err
 	}
 	// Opening for writing proves that nobody holds the device. A dry run opens for reading: it asks, so as to say the same.
@@ -260,15 +246,11 @@ func (m *members) inspectOne(t *member) error {
 		return refuseContent(err)
 	}
 	t.vol, t.serial = vol, vol.fat.UUID()
-	if member, err := gpt.MDMember(vol.open); err != nil {
-		return err
-	} else if member {
-		return withHint(refusef("it is a member of an md array"), "assemble the array, and let md keep its members alike")
-	}
-	return nil
+	return checkMD(vol.open)
 }
 
 // duplicates refuses targets whose identity another member has too: firmware and Linux could take one for the other.
+// Who only compares is warned.
 func (m *members) duplicates() {
 	all := append([]*member{m.primary}, m.targets...)
 	for _, t := range m.targets {
@@ -276,7 +258,9 @@ func (m *members) duplicates() {
 			if t == other || t.err != nil && !errors.As(t.err, new(duplicate)) {
 				continue
 			}
-			if what := sharedIdentity(t, other); what != "" {
+			if what := sharedIdentity(t, other); what != "" && m.verb == "verify" {
+				m.inv.log.Warn("two volumes have the same "+what, "volume", t.name, "other", other.name)
+			} else if what != "" {
 				t.err = duplicate{refusef("cannot %s %s: it has the same %s as %s", m.verb, t.name, what, other.name)}
 				break
 			}
@@ -342,6 +326,7 @@ func (m *members) openTargets(mode blockdev.Mode) []*replicate.Target {
 			t.open, t.vol = t.vol.open, nil
 		}
 		ts = append(ts, newTarget(t.name, t.loc, t.open))
+		t.place = len(ts)
 	}
 	return ts
 }
@@ -380,6 +365,8 @@ func (o *outcome) state() string {
 		return "stopped"
 	case o.err == nil:
 		return string(o.result.Outcome)
+	case errors.Is(o.err, context.Canceled):
+		return "stopped"
 	case errors.As(o.err, new(missing)):
 		return "missing"
 	case errors.Is(o.err, replicate.ErrNeedsRecovery):
@@ -392,23 +379,28 @@ func (o *outcome) state() string {
 	return "failed"
 }
 
-// outcomes joins the results with the targets that never got that far, in the order of the command line.
-func (m *members) outcomes(results []replicate.Result) []*outcome {
-	var os []*outcome
-	next := 0
+// outcomes joins the results with the targets that never got that far, in the order of the command line. runErr is what
+// stopped the run for all of them, nil when nothing did.
+func (m *members) outcomes(results []replicate.Result, runErr error) []*outcome {
+	var all []*outcome
 	for _, t := range m.targets {
 		o := &outcome{member: t, err: t.err}
-		if t.err == nil && next < len(results) {
-			r := &results[next]
-			next++
+		if t.place > 0 && t.place <= len(results) {
+			r := &results[t.place-1]
 			o.result = r
 			if r.Err != nil {
 				o.err = recoverHint(prefixed(m.verb, t.name, r.Err), t.name)
+				switch {
+				case r.Outcome == replicate.Refused:
+					o.err = refusal{o.err}
+				case errors.Is(runErr, context.Canceled):
+					o.err = interrupted{fmt.Errorf("%w: %w", o.err, runErr)}
+				}
 			}
 		}
-		os = append(os, o)
+		all = append(all, o)
 	}
-	return os
+	return all
 }
 
 // prefixed names the volume in an error that does not name it yet.

@@ -51,7 +51,28 @@ func (inv *invocation) startProgress() *progress {
 	if width == 0 || inv.noProgress || inv.quiet || inv.verbose || inv.json != "off" {
 		return nil
 	}
-	return &progress{w: inv.stderr, width: width, last: map[string]replicate.Progress{}}
+	inv.bar = &progress{w: inv.stderr, width: width, last: map[string]replicate.Progress{}}
+	return inv.bar
+}
+
+// logWriter writes log lines to stderr, and takes the bar away first: it comes back below them.
+type logWriter struct{ inv *invocation }
+
+func (w logWriter) Write(line []byte) (int, error) {
+	if p := w.inv.bar; p != nil {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		p.clear()
+	}
+	return w.inv.stderr.Write(line)
+}
+
+// clear takes the line away. The caller holds the lock.
+func (p *progress) clear() {
+	if p.onLine {
+		fmt.Fprint(p.w, "\r\x1b[K")
+		p.onLine, p.drawn = false, time.Time{} // the next step draws it again
+	}
 }
 
 // callback returns what package replicate calls; nil when there is no progress.
@@ -87,10 +108,10 @@ func (p *progress) line() string {
 	var words []string
 	for _, name := range p.order {
 		s := p.last[name]
-		if name == "" {
-			name = "primary"
+		word := s.Phase // of the source, which feeds all targets
+		if name != "" {
+			word = safe(name) + " " + word
 		}
-		word := safe(name) + " " + s.Phase
 		if s.Total > 0 {
 			done, total = done+min(s.Done, s.Total), total+s.Total
 			word += fmt.Sprintf(" %s/%s", sizeText(s.Done), sizeText(s.Total))
@@ -113,7 +134,5 @@ func (p *progress) stop() {
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.onLine {
-		fmt.Fprint(p.w, "\r\x1b[K")
-	}
+	p.clear()
 }

@@ -61,6 +61,10 @@ func (inv *invocation) recoverOne(name string, dryRun bool, among []string) (*re
 	if err != nil {
 		return fail(err)
 	}
+	inv.tellTable(name, loc)
+	if err := inv.checkType(loc); err != nil {
+		return fail(err)
+	}
 	mode := blockdev.ReadWrite
 	if dryRun {
 		mode = blockdev.ReadOnly
@@ -73,6 +77,10 @@ func (inv *invocation) recoverOne(name string, dryRun bool, among []string) (*re
 	}
 	open, err := loc.Open(mode)
 	if err != nil {
+		return fail(err)
+	}
+	if err := checkMD(open); err != nil {
+		_ = open.Close()
 		return fail(err)
 	}
 	o := replicate.RecoverOptions{Options: replicate.Options{DryRun: dryRun, Log: inv.engineLog(dryRun)}, Reclaim: inv.flag("reclaim")}

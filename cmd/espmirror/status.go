@@ -177,7 +177,7 @@ func (inv *invocation) statusOfSet(rep *statusReport) (report, error) {
 			bar.stop()
 		}
 	}
-	outcomes := m.outcomes(results)
+	outcomes := m.outcomes(results, srcErr)
 	for _, o := range outcomes {
 		s := states[o.member]
 		switch {

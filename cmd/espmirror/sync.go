@@ -77,7 +77,8 @@ func (inv *invocation) replicate(m *members, o replicate.Options, run engineRun,
 	if err != nil && len(results) == 0 {
 		return nil, err
 	}
-	outcomes := m.outcomes(results)
+	m.close() // what fails in closing a target belongs to its outcome
+	outcomes := m.outcomes(results, err)
 	rep := newRunReport(m, src.Name(), o, outcomes)
 	rep.quiet, rep.verbose = inv.quiet, inv.verbose
 	if err != nil {
@@ -241,7 +242,7 @@ func (t *targetReport) printPlan(o *output, verify bool) {
 		return
 	}
 	for _, c := range s.Commits {
-		o.printf("  commit   /%s, the sector at 0x%x\n", safe(strings.TrimPrefix(c.Path, "/")), c.Off)
+		o.printf("  commit   %s (the sector at 0x%x)\n", safe(c.Path), c.Off)
 	}
 	o.printf("  writes   %s (%d bytes, %d of them file content) with %s\n", sizeText(s.BytesToWrite), s.BytesToWrite,
 		s.DataBytes, plural(int64(s.Flushes), "flush", "flushes"))

@@ -146,3 +146,28 @@ func existing(names []string) []string {
 	}
 	return found
 }
+
+// checkType refuses partitions of another type, and those that overlap others.
+func (inv *invocation) checkType(loc *gpt.Location) error {
+	err := loc.CheckESP()
+	if err == nil {
+		return nil
+	}
+	if !errors.Is(err, gpt.ErrNotESP) {
+		return refusal{err}
+	}
+	if relaxed() {
+		inv.log.Debug("SYSTEMD_RELAX_ESP_CHECKS is set", "volume", loc.String(), "overlooked", err.Error())
+		return nil
+	}
+	return withHint(err, "set its type, or set SYSTEMD_RELAX_ESP_CHECKS=1 to use it as it is")
+}
+
+// checkMD refuses half of a mirror: from its beginning it cannot be told from a plain volume.
+func checkMD(dev blockdev.Device) error {
+	member, err := gpt.MDMember(dev)
+	if err != nil || !member {
+		return err
+	}
+	return withHint(refusef("it is a member of an md array"), "assemble the array, and let md keep its members alike")
+}
