@@ -56,7 +56,7 @@ func (e *ErrNeedSlots) Error() string {
 	return fmt.Sprintf("directory /%s has no room for another entry", e.Dir.Path())
 }
 
-// Block is one commit write: a sector that goes from its old image to its new one.
+// Block is one commit write: a sector (of the device, where its sectors are smaller than the volume's) that goes from its old image to its new one.
 type Block struct {
 	Off      int64 // byte offset on the volume
 	Old, New []byte
@@ -591,7 +591,7 @@ func (pl *planner) shadow(w *Want, parent, near Cluster, path string) (Cluster, 
 // mayEdit notes that a block may change slot i of a parent.
 func (pl *planner) mayEdit(parent *Node, i int) {
 	off := pl.slotOff(parent, i)
-	ss := int64(pl.t.vol.geo.SectorSize)
+	ss := int64(pl.t.vol.geo.block())
 	pl.p.slotEdits[off/ss*ss] = append(pl.p.slotEdits[off/ss*ss], off)
 }
 
@@ -619,7 +619,7 @@ func (pl *planner) slotOff(n *Node, i int) int64 {
 func (pl *planner) insert(parent *Node, group []byte) error {
 	raw := pl.raw[parent]
 	k := len(group) / slotSize
-	per := pl.t.vol.geo.SectorSize / slotSize
+	per := pl.t.vol.geo.block() / slotSize
 	total := len(raw) / slotSize
 	end := total
 	run := 0
@@ -673,7 +673,7 @@ func zero(b []byte) bool { return len(bytes.Trim(b, "\x00")) == 0 }
 // short slot, which is the last, before its long name.
 func (pl *planner) blocks(parent *Node, before []byte, paths []string) {
 	raw := pl.raw[parent]
-	ss := pl.t.vol.geo.SectorSize
+	ss := pl.t.vol.geo.block()
 	for at := len(raw) - ss; at >= 0; at -= ss {
 		if bytes.Equal(before[at:at+ss], raw[at:at+ss]) {
 			continue

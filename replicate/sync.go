@@ -301,9 +301,9 @@ func (r *run) steps(s *side, points []switchPoint) (*fatdriver.Plan, error) {
 			case p.Old != nil:
 				u := p.Anchor
 				if u.New = union(p.New, p.Old); u.New != p.New {
-					removes = true
 					remove = append(remove, p.Anchor)
 				}
+				removes = removes || leaves(p.New, p.Old)
 				add = append(add, u)
 			default:
 				add = append(add, p.Anchor)
@@ -313,8 +313,8 @@ func (r *run) steps(s *side, points []switchPoint) (*fatdriver.Plan, error) {
 	}
 	steps, removes, entries := staged(points)
 	if removes && entries {
-		// The files of old and new entries are there side by side for a moment, so none can be moved from one name to
-		// another: it would be in two places at once.
+		// The files of old and new entries are there side by side for a moment, so what an entry refers to cannot be moved
+		// from one name to another: it would be in two places at once.
 		if points, _, err = r.wants(s, true); err != nil {
 			return nil, err
 		}
