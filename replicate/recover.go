@@ -84,6 +84,17 @@ func recoverVolume(v *fatdriver.Volume, log *slog.Logger, reclaim bool) (*Recove
 		return rec, err
 	}
 	jl, _, _, jerr := findJournal(v, tree)
+	lost, err := tree.Lost()
+	if err != nil {
+		return rec, err
+	}
+	if jl == nil && jerr == nil && (len(lost) > 0 || tree.Damage() != nil) {
+		// The commit sector itself may be garbage, and lie on the way to the journal. Zeros there look like an empty
+		// directory: no damage, but everything below it is lost.
+		if jl, err = searchJournal(v); err != nil {
+			return rec, err
+		}
+	}
 	switch {
 	case errors.Is(jerr, journal.ErrVersion):
 		return rec, fmt.Errorf("%w: %w", ErrRefused, jerr)
@@ -157,8 +168,7 @@ func recoverVolume(v *fatdriver.Volume, log *slog.Logger, reclaim bool) (*Recove
 	if pending != nil {
 		sets = append(sets, volumeRuns(pending.Alloc), volumeRuns(pending.Free))
 	}
-	lost, err := tree.Lost()
-	if err != nil {
+	if lost, err = tree.Lost(); err != nil {
 		return rec, err
 	}
 	if len(lost) > 0 {
