@@ -574,11 +574,6 @@ func union(final *fatdriver.Want, old *fatdriver.Node) *fatdriver.Want {
 	return unionBut(final, old, moved)
 }
 
-// leaves says whether something of old is no longer in its place in final.
-func leaves(final *fatdriver.Want, old *fatdriver.Node) bool {
-	return unionBut(final, old, nil) != final
-}
-
 func unionBut(final *fatdriver.Want, old *fatdriver.Node, moved map[*fatdriver.Node]bool) *fatdriver.Want {
 	if !final.Dir || !old.IsDir() || final.Have != old {
 		return final
