@@ -167,7 +167,12 @@ func recoverVolume(v *fatdriver.Volume, log *slog.Logger, reclaim bool) (*Recove
 			if err != nil {
 				return rec, err
 			}
-			sets = append(sets, stamped)
+			// Before there was a journal, a directory may have had to grow for it.
+			blank, err := tree.LostBlank()
+			if err != nil {
+				return rec, err
+			}
+			sets = append(sets, stamped, blank)
 		}
 		if rec.FreedClusters, err = tree.Release(sets...); err != nil {
 			return rec, err
