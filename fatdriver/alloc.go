@@ -155,3 +155,13 @@ func (a *allocator) shortfall(keepFree int64) error {
 	}
 	return &Shortfall{Need: a.asked * cs, Free: a.total * cs, Keep: keep * cs}
 }
+
+// Allocatable is the number of clusters that a transaction could allocate: the free ones, less those whose FAT12 entry
+// lies in two sectors.
+func (t *Tree) Allocatable() (int64, error) {
+	a, err := newAllocator(t.vol)
+	if err != nil {
+		return 0, err
+	}
+	return a.total, nil
+}

@@ -60,7 +60,7 @@ func (t *Tree) NewExtension(dir *Node) (*Plan, error) {
 		if _, err := v.dev.ReadAt(fatSector, off); err != nil {
 			return nil, fmt.Errorf("cannot read FAT copy %d at offset 0x%x: %w", n, off, err)
 		}
-		b := Block{Off: off, Old: append([]byte(nil), fatSector...), New: append([]byte(nil), fatSector...), Path: dir.Path() + " (grows)"}
+		b := Block{Off: off, Old: append([]byte(nil), fatSector...), New: append([]byte(nil), fatSector...), Paths: []string{dir.Path() + " (grows)"}}
 		at := func(c Cluster) int64 { o, _ := entryOffset(g.Type, c); return o % int64(g.block()) }
 		encodeEntry(g.Type, tail, b.New[at(tail):], uint32(next))
 		if sector(next) == sector(tail) {

@@ -65,7 +65,7 @@ func (e *ErrNeedSlots) Error() string {
 type Block struct {
 	Off      int64 // byte offset on the volume
 	Old, New []byte
-	Path     string // what it switches
+	Paths    []string // the directory entries that it switches
 }
 
 // NewFile is a file whose content a transaction writes.
@@ -323,7 +323,7 @@ func (pl *planner) keepFiles(w *Want) {
 func (pl *planner) step(s Step, last map[*Node]*Want) error {
 	var parents []*Node
 	before := map[*Node][]byte{}
-	paths := map[*Node]string{}
+	paths := map[*Node][]string{}
 	for _, an := range s {
 		raw, err := pl.parentRaw(an.Parent)
 		if err != nil {
@@ -343,10 +343,7 @@ func (pl *planner) step(s Step, last map[*Node]*Want) error {
 				name = an.New.Name
 			}
 		}
-		if paths[an.Parent] != "" {
-			paths[an.Parent] += ", "
-		}
-		paths[an.Parent] += name
+		paths[an.Parent] = append(paths[an.Parent], name)
 		if err := pl.anchor(an, last[an.Old] == an.New); err != nil {
 			return err
 		}
@@ -695,7 +692,7 @@ func zero(b []byte) bool { return len(bytes.Trim(b, "\x00")) == 0 }
 // blocks compares a parent before and after a step, sector by sector from its end, and appends a block for each that
 // differs. From the end, because of insert; and because a deleted entry whose slots lie in two sectors must lose its
 // short slot, which is the last, before its long name.
-func (pl *planner) blocks(parent *Node, before []byte, path string) {
+func (pl *planner) blocks(parent *Node, before []byte, paths []string) {
 	if pl.need != nil {
 		return
 	}
@@ -706,10 +703,10 @@ func (pl *planner) blocks(parent *Node, before []byte, path string) {
 			continue
 		}
 		pl.p.Blocks = append(pl.p.Blocks, Block{
-			Off:  pl.slotOff(parent, at/slotSize),
-			Old:  append([]byte(nil), before[at:at+ss]...),
-			New:  append([]byte(nil), raw[at:at+ss]...),
-			Path: path,
+			Off:   pl.slotOff(parent, at/slotSize),
+			Old:   append([]byte(nil), before[at:at+ss]...),
+			New:   append([]byte(nil), raw[at:at+ss]...),
+			Paths: paths,
 		})
 	}
 }

@@ -87,6 +87,35 @@ func findJournal(v *fatdriver.Volume, tree *fatdriver.Tree) (*journal.Log, block
 	return log, dev, bind, err
 }
 
+// searchJournal looks for a journal with an unfinished record when no directory leads to one: a cut can turn the sector
+// that was being committed into garbage, and that may be the one that names our own directory. Each allocated cluster
+// may be the beginning of it; the header says so, and its binding that it is this volume's, in this place. nil without
+// an error means that there is none.
+func searchJournal(v *fatdriver.Volume) (*journal.Log, error) {
+	var found *journal.Log
+	err := v.EachChain(func(first fatdriver.Cluster) (bool, error) {
+		b, err := v.ReadCluster(first, journal.HeaderSize)
+		if err != nil {
+			return true, nil // an unreadable cluster is not it
+		}
+		h, err := journal.DecodeHeader(b)
+		if err != nil {
+			return true, nil
+		}
+		dev, runs, err := v.ChainDevice(first, h.Size)
+		if err != nil {
+			return true, nil
+		}
+		log, err := journal.Open(dev, v.Geometry().SectorSize, binding(v, runs))
+		if err != nil || log.Status().State == journal.Idle {
+			return true, nil
+		}
+		found = log
+		return false, nil
+	})
+	return found, err
+}
+
 // journalOf opens the journal of a target for a new transaction. One that belongs to another volume, or is damaged,
 // holds nothing that can be acted on, and is made anew; one of a newer version is left alone. nil without an error
 // means that there is none yet.

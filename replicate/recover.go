@@ -63,10 +63,13 @@ func Pending(t *Target) (bool, error) {
 		return false, fmt.Errorf("cannot look at %s: %w", t.Name, err)
 	}
 	log, _, _, err := findJournal(v, tree)
-	if err != nil || log == nil {
-		return false, nil
+	if errors.Is(err, journal.ErrBinding) || errors.Is(err, journal.ErrInvalid) {
+		return false, nil // it holds nothing that recovery could act on
 	}
-	return log.Status().State != journal.Idle, nil
+	if err != nil {
+		return false, fmt.Errorf("cannot look at %s: %w", t.Name, err)
+	}
+	return log != nil && log.Status().State != journal.Idle, nil
 }
 
 // recoverVolume is R1 to R6. The volume was opened with its caches dropped.
@@ -81,6 +84,17 @@ func recoverVolume(v *fatdriver.Volume, log *slog.Logger, reclaim bool) (*Recove
 		return rec, err
 	}
 	jl, _, _, jerr := findJournal(v, tree)
+	lost, err := tree.Lost()
+	if err != nil {
+		return rec, err
+	}
+	if jl == nil && jerr == nil && (len(lost) > 0 || tree.Damage() != nil) {
+		// The commit sector itself may be garbage, and lie on the way to the journal. Zeros there look like an empty
+		// directory: no damage, but everything below it is lost.
+		if jl, err = searchJournal(v); err != nil {
+			return rec, err
+		}
+	}
 	switch {
 	case errors.Is(jerr, journal.ErrVersion):
 		return rec, fmt.Errorf("%w: %w", ErrRefused, jerr)
@@ -154,8 +168,7 @@ func recoverVolume(v *fatdriver.Volume, log *slog.Logger, reclaim bool) (*Recove
 	if pending != nil {
 		sets = append(sets, volumeRuns(pending.Alloc), volumeRuns(pending.Free))
 	}
-	lost, err := tree.Lost()
-	if err != nil {
+	if lost, err = tree.Lost(); err != nil {
 		return rec, err
 	}
 	if len(lost) > 0 {

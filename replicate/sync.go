@@ -33,6 +33,7 @@ type side struct {
 	tree  *fatdriver.Tree
 	match matches
 	plan  *fatdriver.Plan
+	free  int64 // clusters that could be allocated when planning began
 	buf   []byte
 
 	mu sync.Mutex
@@ -205,6 +206,10 @@ func (r *run) plan(s *side) {
 const maxReplans = 64
 
 func (r *run) makePlan(s *side) error {
+	var err error
+	if s.free, err = s.tree.Allocatable(); err != nil {
+		return err
+	}
 	prepared := r.opt.DryRun
 	prepare := func() error { // before the first write
 		if prepared {
@@ -378,7 +383,7 @@ func (r *run) summarize(s *side, log *journal.Log) error {
 	}
 	sum := &s.res.Summary
 	for _, b := range s.plan.Blocks {
-		sum.Commits = append(sum.Commits, Commit{b.Path, b.Off})
+		sum.Commits = append(sum.Commits, Commit{b.Paths, b.Off})
 	}
 	for _, f := range s.plan.Files {
 		sum.DataBytes += f.Want.Size
@@ -397,7 +402,8 @@ func (r *run) summarize(s *side, log *journal.Log) error {
 	for _, run := range s.plan.Freed() {
 		sum.ClustersFreed += int64(run.Count)
 	}
-	sum.FreeBytes, sum.FreeAfter = s.plan.FreeBefore()*cs, s.plan.FreeAfter()*cs
+	sum.FreeBytes, sum.FreeAfter = s.free*cs, s.plan.FreeAfter()*cs
+	sum.Clusters += s.free - s.plan.FreeBefore() // the journal, and directories that grew
 	sum.PeakNeeded = sum.Clusters * cs
 	sum.Flushes = int(s.count.Counts().Flushes) + cost.Flushes + flushes
 	s.res.Outcome = Differs
@@ -560,9 +566,6 @@ func (r *run) broadcast(ctx context.Context, feeds []*feed, needed map[*Item]boo
 // buffers is how many chunks of the source are under way at once.
 const buffers = 8
 
-// errAborted is how a target learns that the source failed or the run was cancelled.
-var errAborted = errors.New("the run was stopped")
-
 // transact carries out the plan of one target: build, barrier, read back, commit, barrier, free, barrier, done. It is
 // the protocol, in its order.
 func (r *run) transact(ctx context.Context, f *feed, aborted *atomic.Bool) (err error) {
@@ -591,7 +594,7 @@ func (r *run) transact(ctx context.Context, f *feed, aborted *atomic.Bool) (err 
 		return err
 	}
 	if aborted.Load() {
-		return errAborted
+		return ErrStopped
 	}
 	if err := tx.WriteDirs(); err != nil {
 		return err
@@ -639,7 +642,7 @@ func (r *run) transact(ctx context.Context, f *feed, aborted *atomic.Bool) (err 
 		if err := tx.Committed(i); err != nil {
 			return err
 		}
-		r.log.Info("committed", "target", s.t.Name, "entry", s.plan.Blocks[i].Path, "offset", fmt.Sprintf("0x%x", s.plan.Blocks[i].Off))
+		r.log.Debug("committed", "target", s.t.Name, "entries", s.plan.Blocks[i].Paths, "offset", fmt.Sprintf("0x%x", s.plan.Blocks[i].Off))
 	}
 	return closeTx(s, tx, log)
 }
@@ -685,7 +688,7 @@ func receive(f *feed, tx *fatdriver.Tx) error {
 		}
 	}
 	if got != len(f.files) {
-		return errAborted
+		return ErrStopped
 	}
 	return nil
 }

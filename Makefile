@@ -1,0 +1,64 @@
+# espmirror: see `make help`.
+
+GO ?= go
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo 0.1.0-dev)
+PREFIX ?= /usr/local
+FUZZTIME ?= 30s
+ROUNDS ?= 200
+BENCHFLAGS ?=
+TESTFLAGS ?=
+
+# urfave_cli_no_docs leaves out the generators of Markdown and man pages: 1 MB of the binary.
+TAGS = urfave_cli_no_docs
+GOBUILD = CGO_ENABLED=0 $(GO) build -trimpath -tags $(TAGS)
+BIN = out/espmirror
+
+.PHONY: all build demo test test-short lint fuzz bench kill-test judges install clean help
+all: build
+
+build: ## build the one static binary, out/espmirror
+	@mkdir -p out
+	$(GOBUILD) -ldflags "-s -w -X main.version=$(VERSION)" -o $(BIN) ./cmd/espmirror
+
+demo: build ## two disk images, three syncs, one power cut, one recovery; no root, no other tool
+	@scripts/demo.sh $(BIN)
+
+test: judges ## every test; installs the judges first where it can
+	@$(GO) vet ./...
+	@$(GO) run ./scripts/testreport -timeout 10m $(TESTFLAGS) ./...
+
+test-short: ## the quick part of the tests
+	@$(GO) vet ./...
+	@$(GO) run ./scripts/testreport -short -timeout 5m $(TESTFLAGS) ./...
+
+judges:
+	@scripts/judges.sh
+
+lint: ## gofmt, go vet; golangci-lint and shellcheck where they are installed
+	@files=$$(gofmt -l .); if [ -n "$$files" ]; then echo "not formatted: $$files"; exit 1; fi
+	$(GO) vet ./...
+	@if command -v golangci-lint >/dev/null; then golangci-lint run ./...; else echo "skipped: golangci-lint is not installed"; fi
+	@if command -v shellcheck >/dev/null; then shellcheck scripts/*.sh .ci/run; else echo "skipped: shellcheck is not installed"; fi
+
+fuzz: ## every fuzz target for FUZZTIME (30s) each
+	@for dir in $$(grep -rl '^func Fuzz' --include='*_test.go' . | xargs -n1 dirname | sort -u); do \
+		for f in $$(grep -ho '^func Fuzz[A-Za-z0-9_]*' $$dir/*_test.go | cut -c6-); do \
+			echo "$$dir $$f"; \
+			$(GO) test -run '^$$' -fuzz "^$$f\$$" -fuzztime $(FUZZTIME) $$dir || exit 1; \
+		done; \
+	done
+
+bench: build judges ## times and exact counts beside mtools, as a table; BENCHFLAGS="-runs 5"
+	@$(GO) run ./scripts/bench $(BENCHFLAGS) $(BIN)
+
+kill-test: build judges ## kill -9 of sync at ROUNDS (200) random moments on a loop device; needs root
+	@scripts/kill-test.sh $(ROUNDS)
+
+install: build ## install below DESTDIR/PREFIX (/usr/local)
+	install -D -m 755 $(BIN) $(DESTDIR)$(PREFIX)/sbin/espmirror
+
+clean: ## remove what was built
+	rm -rf out
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' Makefile
