@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -80,6 +81,9 @@ func copyJournal(t *testing.T, img string, n int) {
 	p := filepath.Join(filepath.Dir(img), "j")
 	mtool(t, img, "mcopy", "-n", "::/EFI/espmirror/journal", p)
 	b, err := os.ReadFile(p)
+	if os.IsNotExist(err) {
+		return // there is no journal yet
+	}
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -169,7 +173,10 @@ func (c *crashRun) afterMeddling(t *testing.T, b []byte, untouched bool) {
 		t.Fatalf("after recovery (%s, %s): %v", rec.Action, rec.Reason, err)
 	}
 	if rec.Action != actForward {
-		if d := before.Diff(after); len(d) > 0 {
+		d := slices.DeleteFunc(before.Diff(after), func(line string) bool {
+			return strings.Contains(line, "/journal: content ") // it is ours, wherever it went
+		})
+		if len(d) > 0 {
 			t.Fatalf("recovery (%s, %s) changed the tree: %s", rec.Action, rec.Reason, d)
 		}
 	} else if !untouched {

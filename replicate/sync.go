@@ -155,12 +155,6 @@ func (r *run) open(s *side) {
 	if rec.Changed() || rec != nil && rec.Action == "stale" {
 		s.res.Recovered = rec
 	}
-	if err == nil && rec.Action == actStale {
-		// Recovery left everything as it was. What nobody reads can be put in order all the same.
-		if _, err = s.vol.MendFATs(); err == nil {
-			err = s.dev.Flush()
-		}
-	}
 	if err == nil {
 		err = r.scan(s)
 	}
