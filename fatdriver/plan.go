@@ -61,8 +61,13 @@ func (a Anchor) Changes() bool {
 // other, and each leaves a whole tree. The same Old may occur in several steps, with the final content in the last.
 type Step []Anchor
 
-// ErrNeedSlots is returned by NewPlan when a directory has no room for a new entry and must grow first; Dir says which.
-type ErrNeedSlots struct{ Dir *Node }
+// ErrNeedSlots is returned by NewPlan when a directory has no room for a new entry and must grow first. The clusters for
+// that, and for everything else, are free.
+type ErrNeedSlots struct {
+	Dir  *Node
+	Need int64 // clusters for the whole plan, those for directories that grow included
+	Free int64 // clusters
+}
 
 func (e *ErrNeedSlots) Error() string {
 	return fmt.Sprintf("directory /%s has no room for another entry", e.Dir.Path())
@@ -123,6 +128,7 @@ type planner struct {
 	old   bitmap             // clusters of everything that anchors replace
 	keep  bitmap             // clusters of what the final state has of that
 	added map[*Node][]*Entry // entries inserted into a parent by this plan
+	need  *ErrNeedSlots      // set when a parent must grow first: the rest is planned for its need of space alone
 }
 
 // slotPlace is where an anchor's slots are in its parent.
@@ -168,6 +174,10 @@ func (t *Tree) NewPlan(steps []Step, keepFree int64) (*Plan, error) {
 	}
 	if err := a.shortfall(keepFree); err != nil {
 		return nil, err
+	}
+	if pl.need != nil {
+		pl.need.Need, pl.need.Free = a.asked, a.total
+		return nil, pl.need
 	}
 	return pl.finish()
 }
@@ -604,6 +614,9 @@ func (pl *planner) shadow(w *Want, parent, near Cluster, path string) (Cluster, 
 
 // mayEdit notes that a block may change slot i of a parent.
 func (pl *planner) mayEdit(parent *Node, i int) {
+	if pl.need != nil {
+		return
+	}
 	off := pl.slotOff(parent, i)
 	ss := int64(pl.t.vol.geo.block())
 	pl.p.slotEdits[off/ss*ss] = append(pl.p.slotEdits[off/ss*ss], off)
@@ -663,7 +676,15 @@ func (pl *planner) insert(parent *Node, group []byte) error {
 		if parent.Parent == nil && pl.t.vol.geo.Type != FAT32 {
 			return fmt.Errorf("%w: the root directory has %d slots, %d of them at its end are free, %d are needed", ErrNoSpace, total, total-end, k)
 		}
-		return &ErrNeedSlots{parent}
+		if pl.need == nil {
+			pl.need = &ErrNeedSlots{Dir: parent}
+		}
+		cs := pl.t.vol.geo.ClusterSize
+		for ; end+k > total; total = len(raw) / slotSize {
+			raw = append(raw, make([]byte, cs)...)
+			pl.a.asked++
+		}
+		pl.raw[parent] = raw
 	}
 	copy(raw[end*slotSize:], group)
 	for j := end; j < end+k; j++ {
@@ -686,6 +707,9 @@ func zero(b []byte) bool { return len(bytes.Trim(b, "\x00")) == 0 }
 // differs. From the end, because of insert; and because a deleted entry whose slots lie in two sectors must lose its
 // short slot, which is the last, before its long name.
 func (pl *planner) blocks(parent *Node, before []byte, paths []string) {
+	if pl.need != nil {
+		return
+	}
 	raw := pl.raw[parent]
 	ss := pl.t.vol.geo.block()
 	for at := len(raw) - ss; at >= 0; at -= ss {

@@ -73,6 +73,38 @@ func (t *Tree) Lost() ([]Run, error) {
 	return runs, err
 }
 
+// LostBlank lists the lost clusters that are alone in their chain and hold nothing but zeros: what the extension of a
+// directory leaves when it is cut before its commit, and what nobody can want back.
+func (t *Tree) LostBlank() ([]Run, error) {
+	var ends []Cluster
+	linked := map[Cluster]bool{}
+	err := t.lost(func(c Cluster, entry uint32) error {
+		if entry >= entryEOC {
+			ends = append(ends, c)
+		} else {
+			linked[Cluster(entry)] = true
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	var runs []Run
+	for _, c := range ends {
+		if linked[c] {
+			continue
+		}
+		b, err := t.vol.ReadCluster(c, t.vol.geo.ClusterSize)
+		if err != nil {
+			return nil, err
+		}
+		if zero(b) {
+			runs = appendCluster(runs, c)
+		}
+	}
+	return runs, nil
+}
+
 // Release frees those clusters of the given runs that are allocated and that nobody can reach, in every FAT copy, and
 // returns their number. It does not flush. The tree must have no damage, or what seems unreachable may not be.
 func (t *Tree) Release(sets ...[]Run) (int64, error) {

@@ -178,20 +178,32 @@ func planJournal(s *side) (*fatdriver.Plan, error) {
 	return plan, err
 }
 
-// roomWithJournal refuses when the plan and the journal do not fit together, before the journal is created.
-func (r *run) roomWithJournal(s *side, plan *fatdriver.Plan) error {
-	jp, err := planJournal(s)
-	var need *fatdriver.ErrNeedSlots
-	if errors.As(err, &need) {
-		return nil
+// journalNeed is the number of clusters that the creation of the journal takes, beside those of a plan for points.
+func journalNeed(s *side, points []switchPoint) int64 {
+	an, file := journalAnchor(s.tree, journalSize(s.vol.Geometry()), false)
+	n := file.Size / s.cluster()
+	for w := an.New; w.Dir; w = w.Children[0] {
+		n++
 	}
-	if err != nil {
-		return fmt.Errorf("cannot create the journal: %w", err)
+	for _, p := range points {
+		if an.Parent == s.tree.Root && p.Old == nil && fatdriver.Fold(p.path) == "EFI" {
+			n-- // the journal brings the directory that the plan would make
+		}
 	}
+	_, err := planJournal(s)
+	if need := (*fatdriver.ErrNeedSlots)(nil); errors.As(err, &need) {
+		n = need.Need
+	}
+	return n
+}
+
+// roomFor refuses when a plan that needs that many clusters and the journal do not fit together, before the journal is
+// created.
+func (r *run) roomFor(s *side, need, free int64, points []switchPoint) error {
 	cs := s.cluster()
-	want := (clusters(plan.Alloc()) + clusters(jp.Alloc())) * cs
-	if free := plan.FreeBefore() * cs; want+r.opt.KeepFree > free {
-		return fmt.Errorf("%w: %d bytes are needed at the peak, the journal included, %d are free: %d bytes short", fatdriver.ErrNoSpace, want, free, want+r.opt.KeepFree-free)
+	sf := &fatdriver.Shortfall{Need: (need + journalNeed(s, points)) * cs, Free: free * cs, Keep: (r.opt.KeepFree + cs - 1) / cs * cs}
+	if sf.Need+sf.Keep > sf.Free {
+		return fmt.Errorf("the journal included: %w", sf)
 	}
 	return nil
 }

@@ -113,12 +113,13 @@ func recoverVolume(v *fatdriver.Volume, log *slog.Logger, reclaim bool) (*Recove
 		if errors.Is(err, journal.ErrPayload) {
 			rec.Action, rec.Reason = actStale, err.Error()
 			log.Warn("the journal's record cannot be used", "err", err)
-			return rec, discard(v, jl)
+			err = nil
 		}
 		if err != nil {
 			return rec, err
 		}
 	}
+	unusable := jl != nil && rec.Action == actStale
 	decision := journal.Decision{Action: journal.Nothing}
 	if pending != nil {
 		if decision, err = decide(v, tree, jl, pending); err != nil {
@@ -130,6 +131,9 @@ func recoverVolume(v *fatdriver.Volume, log *slog.Logger, reclaim bool) (*Recove
 		// Rule R: somebody else wrote in between. The volume is readable as it is, and the record is of no more use.
 		rec.Action, rec.Reason = actStale, decision.Reason
 		log.Warn("the journal's record is stale: nothing is done about it", "reason", decision.Reason)
+		unusable, pending = true, nil
+	}
+	if unusable && tree.Damage() != nil {
 		return rec, discard(v, jl)
 	}
 	if decision.Damaged {
@@ -180,7 +184,12 @@ func recoverVolume(v *fatdriver.Volume, log *slog.Logger, reclaim bool) (*Recove
 			if err != nil {
 				return rec, err
 			}
-			sets = append(sets, stamped)
+			// Before there was a journal, a directory may have had to grow for it.
+			blank, err := tree.LostBlank()
+			if err != nil {
+				return rec, err
+			}
+			sets = append(sets, stamped, blank)
 		}
 		if rec.FreedClusters, err = tree.Release(sets...); err != nil {
 			return rec, err
@@ -210,6 +219,11 @@ func recoverVolume(v *fatdriver.Volume, log *slog.Logger, reclaim bool) (*Recove
 		default:
 			rec.Action = actFinish
 		}
+		if err := discard(v, jl); err != nil {
+			return rec, err
+		}
+	} else if unusable {
+		// What nobody reads, and what follows from copy 0 alone, is in order all the same.
 		if err := discard(v, jl); err != nil {
 			return rec, err
 		}

@@ -156,12 +156,6 @@ func (r *run) open(s *side) {
 	if rec.Changed() || rec != nil && rec.Action == "stale" {
 		s.res.Recovered = rec
 	}
-	if err == nil && rec.Action == actStale {
-		// Recovery left everything as it was. What nobody reads can be put in order all the same.
-		if _, err = s.vol.MendFATs(); err == nil {
-			err = s.dev.Flush()
-		}
-	}
 	if err == nil {
 		err = r.scan(s)
 	}
@@ -211,7 +205,14 @@ func (r *run) makePlan(s *side) error {
 	if s.free, err = s.tree.Allocatable(); err != nil {
 		return err
 	}
-	prepared := r.opt.DryRun // whether what follows may write: only once the whole need of space is known
+	prepared := r.opt.DryRun
+	prepare := func() error { // before the first write
+		if prepared {
+			return nil
+		}
+		prepared = true
+		return r.rehearse(s)
+	}
 	for range maxReplans {
 		points, changes, err := r.wants(s, false)
 		if err != nil {
@@ -220,13 +221,24 @@ func (r *run) makePlan(s *side) error {
 		s.res.Summary.Changes = changes
 		plan, err := r.steps(s, points)
 		var need *fatdriver.ErrNeedSlots
+		var short *fatdriver.Shortfall
 		switch {
-		case errors.As(err, &need):
-			if err := r.roomFor(s, points); err != nil {
-				return err
+		case errors.As(err, &short):
+			if log, _, _, jerr := findJournal(s.vol, s.tree); log == nil && jerr == nil {
+				return r.roomFor(s, short.Need/s.cluster(), short.Free/s.cluster(), points)
 			}
+			return err
+		case errors.As(err, &need):
 			log, err := r.journalOf(s)
 			if err != nil {
+				return err
+			}
+			if log == nil {
+				if err := r.roomFor(s, need.Need, need.Free, points); err != nil {
+					return err
+				}
+			}
+			if err := prepare(); err != nil {
 				return err
 			}
 			if log == nil {
@@ -255,10 +267,11 @@ func (r *run) makePlan(s *side) error {
 			return err
 		}
 		if log == nil {
-			if !prepared {
-				if err := r.roomWithJournal(s, plan); err != nil {
-					return err
-				}
+			if err := r.roomFor(s, clusters(plan.Alloc()), plan.FreeBefore(), points); err != nil {
+				return err
+			}
+			if err := prepare(); err != nil {
+				return err
 			}
 			if err := r.createJournal(s); err != nil {
 				return err
@@ -394,33 +407,21 @@ func loses(p switchPoint, refers func(path string) bool) bool {
 	return lost(p.Old)
 }
 
-// roomFor refuses early when a plan that cannot be made yet, for want of a directory slot, would not fit anyway.
-func (r *run) roomFor(s *side, points []switchPoint) error {
-	var need int64
-	cs := s.cluster()
-	var count func(w *fatdriver.Want)
-	count = func(w *fatdriver.Want) {
-		if w == nil {
-			return
-		}
-		if !w.Dir && w.Have == nil {
-			need += (w.Size + cs - 1) / cs
-		}
-		for _, c := range w.Children {
-			count(c)
-		}
-	}
-	for _, p := range points {
-		count(p.New)
-	}
-	free, err := s.vol.FreeClusters()
-	if err != nil {
+// rehearse makes the plan of a target with everything that must be written before it, in memory: whoever has not enough
+// room in the end is refused before the first write.
+func (r *run) rehearse(s *side) error {
+	dry := *r
+	dry.opt.DryRun, dry.log = true, slog.New(slog.DiscardHandler)
+	d := &side{t: s.t, res: &Result{}, match: s.match, count: blockdev.NewCounting(blockdev.NewOverlay(s.dev))}
+	d.dev = d.count
+	var err error
+	if d.vol, err = fatdriver.Open(d.dev); err != nil {
 		return err
 	}
-	if need*cs+r.opt.KeepFree > free*cs {
-		return fmt.Errorf("%w: %d bytes are needed for new files, %d are free: %d bytes short", fatdriver.ErrNoSpace, need*cs, free*cs, need*cs+r.opt.KeepFree-free*cs)
+	if err := dry.scan(d); err != nil {
+		return err
 	}
-	return nil
+	return dry.makePlan(d)
 }
 
 // summarize fills in the exact numbers of a plan.
