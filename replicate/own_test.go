@@ -40,3 +40,40 @@ func TestNameEqualsAliasOfUnselected(t *testing.T) {
 		judge(t, m, g.fats, files)
 	}
 }
+
+// A file of the source takes the place of a directory only when all of that directory is replicated.
+func TestFileDoesNotReplaceWhatStays(t *testing.T) {
+	for dir, keep := range map[string]string{
+		"EFI":   "EFI/Microsoft/Boot/bootmgfw.efi",
+		"EFI/x": "EFI/x/fw/capsule.cap",
+		"a":     "a/b/c/mine.bak",
+	} {
+		m := newVolume(t, geometries[2])
+		// The first run puts it there, selected by its own name.
+		was := map[string]string{keep: "stays", dir + "/other": "goes"}
+		o := Options{Selection: Selection{Select: []string{dir, keep}}}
+		for _, p := range []string{"EFI/Microsoft", "EFI/x/fw"} {
+			if strings.HasPrefix(keep, p+"/") {
+				o.Selection.Select = []string{p, dir + "/other"}
+			}
+		}
+		if r := syncMem(t, newMemSource(was), m, o); r.Err != nil {
+			t.Fatal(r.Err)
+		}
+		judge(t, m, 2, was)
+		now := map[string]string{dir: "a file"}
+		o = Options{Selection: Selection{Select: []string{dir}, Exclude: []string{"*.bak"}}}
+		refuses(t, newMemSource(now), m, o, "which stays")
+		judge(t, m, 2, was)
+	}
+	// Nothing stays in this one.
+	m := newVolume(t, geometries[2])
+	o := Options{Selection: Selection{Select: []string{"a"}}}
+	if r := syncMem(t, newMemSource(map[string]string{"a/b/c": "1"}), m, o); r.Err != nil {
+		t.Fatal(r.Err)
+	}
+	if r := syncMem(t, newMemSource(map[string]string{"a": "2"}), m, o); r.Err != nil {
+		t.Fatal(r.Err)
+	}
+	judge(t, m, 2, map[string]string{"a": "2"})
+}
