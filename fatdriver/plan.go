@@ -452,7 +452,10 @@ func (pl *planner) insertGroup(an Anchor) ([]byte, error) {
 		return nil, err
 	}
 	for _, e := range present {
-		names.claimShort(e.Name, e.short())
+		// What is there keeps its slots, so its alias cannot make way as it does in a shadow.
+		if !names.claimShort(e.Name, e.short()) {
+			return nil, fmt.Errorf("%w: %q equals the short name of %q in its directory", ErrName, an.New.Name, e.Name)
+		}
 	}
 	group, err := names.newGroup(an.New.Name, an.New.Template, an.New.Meta, an.New.Dir)
 	if err != nil {

@@ -440,6 +440,9 @@ func (b *wantBuilder) wantAs(it *Item, old *fatdriver.Node, anchor bool) (*fatdr
 			}
 		}
 		if old != nil && old.IsDir() {
+			if kept := b.stays(old, it.Path); kept != "" {
+				return nil, fmt.Errorf("%w: %s is a file on the source, and on the target a directory with %s, which stays", ErrRefused, it.Path, kept)
+			}
 			b.gone(old, it.Path)
 		}
 		return w, nil
@@ -517,6 +520,20 @@ func (b *wantBuilder) retain(n *fatdriver.Node, at string) *fatdriver.Want {
 		return nil
 	}
 	return w
+}
+
+// stays returns the path of something below a directory that is not replicated, "" when there is nothing.
+func (b *wantBuilder) stays(n *fatdriver.Node, at string) string {
+	for _, c := range n.Children {
+		p := path.Join(at, c.Name())
+		if b.r.sel.excluded(p) {
+			return p
+		}
+		if kept := b.stays(c, p); kept != "" {
+			return kept
+		}
+	}
+	return ""
 }
 
 // gone notes that everything below a directory goes because a file takes its place.

@@ -48,7 +48,7 @@ func (s *side) fail(err error) {
 		s.res.Err = err
 		s.res.Outcome = Failed
 		if errors.Is(err, ErrRefused) || errors.Is(err, fatdriver.ErrNoSpace) || errors.Is(err, fatdriver.ErrNotFAT) ||
-			errors.Is(err, fatdriver.ErrNotTarget) || errors.Is(err, fatdriver.ErrDamaged) {
+			errors.Is(err, fatdriver.ErrNotTarget) || errors.Is(err, fatdriver.ErrDamaged) || errors.Is(err, fatdriver.ErrName) {
 			s.res.Outcome = Refused
 		}
 	}
