@@ -129,16 +129,39 @@ func (a *allocator) dir(n int64, old Cluster) ([]Run, error) {
 	return a.file(n, false)
 }
 
-// shortfall returns ErrNoSpace, in bytes, when more was asked for than is free, keepFree bytes set aside.
+// Shortfall is the ErrNoSpace of a plan that needs more clusters than are free, in bytes.
+type Shortfall struct {
+	Need int64 // at the peak
+	Free int64
+	Keep int64 // of Free, what is to stay free
+}
+
+func (e *Shortfall) Error() string {
+	s := fmt.Sprintf("%v: %d bytes are needed at the peak, %d are free", ErrNoSpace, e.Need, e.Free)
+	if e.Keep > 0 {
+		s += fmt.Sprintf(", of which %d are to stay free", e.Keep)
+	}
+	return fmt.Sprintf("%s: %d bytes short", s, e.Need+e.Keep-e.Free)
+}
+
+func (e *Shortfall) Unwrap() error { return ErrNoSpace }
+
+// shortfall returns a Shortfall when more was asked for than is free, keepFree bytes set aside.
 func (a *allocator) shortfall(keepFree int64) error {
 	cs := int64(a.geo.ClusterSize)
 	keep := (keepFree + cs - 1) / cs
 	if a.asked+keep <= a.total {
 		return nil
 	}
-	err := fmt.Errorf("%w: %d bytes are needed at the peak, %d are free", ErrNoSpace, a.asked*cs, a.total*cs)
-	if keep > 0 {
-		err = fmt.Errorf("%w, of which %d are to stay free", err, keep*cs)
+	return &Shortfall{Need: a.asked * cs, Free: a.total * cs, Keep: keep * cs}
+}
+
+// Allocatable is the number of clusters that a transaction could allocate: the free ones, less those whose FAT12 entry
+// lies in two sectors.
+func (t *Tree) Allocatable() (int64, error) {
+	a, err := newAllocator(t.vol)
+	if err != nil {
+		return 0, err
 	}
-	return fmt.Errorf("%w: %d bytes short", err, (a.asked+keep-a.total)*cs)
+	return a.total, nil
 }

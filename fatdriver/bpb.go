@@ -85,6 +85,17 @@ type Geometry struct {
 	HasSerial       bool
 	BootLabel       [11]byte // BS_VolLab, raw
 	Dirty           bool     // the boot sector's dirty bit is set
+
+	blockSize int // bytes that the device writes at once, when that is less than a sector; else 0
+}
+
+// block is the number of bytes that change in one write or not at all: a sector, or less on a device with smaller ones,
+// as where an image with 4096-byte sectors lies in a file or on an ordinary disk.
+func (g *Geometry) block() int {
+	if g.blockSize != 0 {
+		return g.blockSize
+	}
+	return g.SectorSize
 }
 
 // MaxCluster is the highest valid cluster number.

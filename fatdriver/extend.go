@@ -26,7 +26,7 @@ func (t *Tree) NewExtension(dir *Node) (*Plan, error) {
 	if err != nil {
 		return nil, err
 	}
-	sector := func(c Cluster) int64 { off, _ := entryOffset(g.Type, c); return off / int64(g.SectorSize) }
+	sector := func(c Cluster) int64 { off, _ := entryOffset(g.Type, c); return off / int64(g.block()) }
 	var next Cluster
 	for _, r := range a.free {
 		for i := uint32(0); i < r.Count && next == 0; i++ {
@@ -54,14 +54,14 @@ func (t *Tree) NewExtension(dir *Node) (*Plan, error) {
 	if sector(next) != sector(tail) {
 		p.addChain(runs)
 	}
-	fatSector := make([]byte, g.SectorSize)
+	fatSector := make([]byte, g.block())
 	for n := 0; n < g.NumFATs; n++ {
-		off := g.FATOff + int64(n)*g.FATSize + sector(tail)*int64(g.SectorSize)
+		off := g.FATOff + int64(n)*g.FATSize + sector(tail)*int64(g.block())
 		if _, err := v.dev.ReadAt(fatSector, off); err != nil {
 			return nil, fmt.Errorf("cannot read FAT copy %d at offset 0x%x: %w", n, off, err)
 		}
-		b := Block{Off: off, Old: append([]byte(nil), fatSector...), New: append([]byte(nil), fatSector...), Path: dir.Path() + " (grows)"}
-		at := func(c Cluster) int64 { o, _ := entryOffset(g.Type, c); return o % int64(g.SectorSize) }
+		b := Block{Off: off, Old: append([]byte(nil), fatSector...), New: append([]byte(nil), fatSector...), Paths: []string{dir.Path() + " (grows)"}}
+		at := func(c Cluster) int64 { o, _ := entryOffset(g.Type, c); return o % int64(g.block()) }
 		encodeEntry(g.Type, tail, b.New[at(tail):], uint32(next))
 		if sector(next) == sector(tail) {
 			encodeEntry(g.Type, next, b.New[at(next):], entryLast)

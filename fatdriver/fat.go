@@ -137,13 +137,13 @@ func encodeEntry(t Type, c Cluster, b []byte, v uint32) {
 	}
 }
 
-// straddles says whether the FAT12 entry of c lies in two sectors, so that no single write can change it whole.
+// straddles says whether the FAT12 entry of c lies in two sectors of the device, so that no single write can change it whole.
 func (g *Geometry) straddles(c Cluster) bool {
 	if g.Type != FAT12 {
 		return false
 	}
 	off, _ := entryOffset(FAT12, c)
-	return int(off)%g.SectorSize == g.SectorSize-1
+	return int(off)%g.block() == g.block()-1
 }
 
 // Run is a contiguous range of clusters: First, First+1, … First+Count-1.

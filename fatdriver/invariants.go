@@ -62,10 +62,10 @@ func (p *Plan) assert() error {
 	}
 	// I1, I7: blocks lie in directories that are reachable and stay, and change only the slots of their entries.
 	for i, b := range p.Blocks {
-		if len(b.Old) != g.SectorSize || len(b.New) != g.SectorSize || b.Off%int64(g.SectorSize) != 0 {
+		if len(b.Old) != g.block() || len(b.New) != g.block() || b.Off%int64(g.block()) != 0 {
 			return fail("I7", "block %d at offset 0x%x is not one sector", i, b.Off)
 		}
-		inRoot := g.Type != FAT32 && b.Off >= g.RootOff && b.Off+int64(g.SectorSize) <= g.RootOff+g.RootSize
+		inRoot := g.Type != FAT32 && b.Off >= g.RootOff && b.Off+int64(g.block()) <= g.RootOff+g.RootSize
 		if !inRoot {
 			c := Cluster((b.Off-g.DataOff)/cs) + 2
 			if b.Off < g.DataOff || !g.valid(c) || !p.tree.used.has(c) || p.free.has(c) || p.alloc.has(c) {
@@ -76,7 +76,7 @@ func (p *Plan) assert() error {
 		for _, off := range p.slotEdits[b.Off] {
 			allowed[off-b.Off] = true
 		}
-		for at := 0; at < g.SectorSize; at += slotSize {
+		for at := 0; at < g.block(); at += slotSize {
 			if !bytes.Equal(b.Old[at:at+slotSize], b.New[at:at+slotSize]) && !allowed[int64(at)] {
 				return fail("I1", "block %d at offset 0x%x changes slot %d, which belongs to nobody selected", i, b.Off, at/slotSize)
 			}

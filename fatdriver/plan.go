@@ -43,24 +43,41 @@ type Anchor struct {
 	Parent *Node
 	Old    *Node
 	New    *Want
+
+	// Whole switches this very entry, even when all that changes lies deeper and could be switched there.
+	Whole bool
+}
+
+// Changes says whether New is anything else than Old as it is.
+func (a Anchor) Changes() bool {
+	if a.Old == nil || a.New == nil {
+		return a.Old != nil || a.New != nil
+	}
+	_, _, same := descend(a.Old, []*Want{a.New})
+	return !same
 }
 
 // Step is a group of anchors whose commits may come in any order. The steps of a plan are committed one after the
 // other, and each leaves a whole tree. The same Old may occur in several steps, with the final content in the last.
 type Step []Anchor
 
-// ErrNeedSlots is returned by NewPlan when a directory has no room for a new entry and must grow first; Dir says which.
-type ErrNeedSlots struct{ Dir *Node }
+// ErrNeedSlots is returned by NewPlan when a directory has no room for a new entry and must grow first. The clusters for
+// that, and for everything else, are free.
+type ErrNeedSlots struct {
+	Dir  *Node
+	Need int64 // clusters for the whole plan, those for directories that grow included
+	Free int64 // clusters
+}
 
 func (e *ErrNeedSlots) Error() string {
 	return fmt.Sprintf("directory /%s has no room for another entry", e.Dir.Path())
 }
 
-// Block is one commit write: a sector that goes from its old image to its new one.
+// Block is one commit write: a sector (of the device, where its sectors are smaller than the volume's) that goes from its old image to its new one.
 type Block struct {
 	Off      int64 // byte offset on the volume
 	Old, New []byte
-	Path     string // what it switches
+	Paths    []string // the directory entries that it switches
 }
 
 // NewFile is a file whose content a transaction writes.
@@ -111,6 +128,7 @@ type planner struct {
 	old   bitmap             // clusters of everything that anchors replace
 	keep  bitmap             // clusters of what the final state has of that
 	added map[*Node][]*Entry // entries inserted into a parent by this plan
+	need  *ErrNeedSlots      // set when a parent must grow first: the rest is planned for its need of space alone
 }
 
 // slotPlace is where an anchor's slots are in its parent.
@@ -157,6 +175,10 @@ func (t *Tree) NewPlan(steps []Step, keepFree int64) (*Plan, error) {
 	if err := a.shortfall(keepFree); err != nil {
 		return nil, err
 	}
+	if pl.need != nil {
+		pl.need.Need, pl.need.Free = a.asked, a.total
+		return nil, pl.need
+	}
 	return pl.finish()
 }
 
@@ -164,10 +186,12 @@ func (t *Tree) NewPlan(steps []Step, keepFree int64) (*Plan, error) {
 // selected tree makes shadows of the directories below that point only. The tree still switches in one write.
 func lower(steps []Step) []Step {
 	wants := map[*Node][]*Want{}
+	whole := map[*Node]bool{}
 	var order []*Node
 	for _, s := range steps {
 		for _, an := range s {
 			if an.Old != nil {
+				whole[an.Old] = whole[an.Old] || an.Whole && an.Changes()
 				if _, ok := wants[an.Old]; !ok {
 					order = append(order, an.Old)
 				}
@@ -180,7 +204,7 @@ func lower(steps []Step) []Step {
 	for _, old := range order {
 		cur, ws := old, wants[old]
 		orig := ws
-		for {
+		for !whole[old] {
 			next, nws, same := descend(cur, ws)
 			if same {
 				cur = nil
@@ -313,7 +337,7 @@ func (pl *planner) keepFiles(w *Want) {
 func (pl *planner) step(s Step, last map[*Node]*Want) error {
 	var parents []*Node
 	before := map[*Node][]byte{}
-	paths := map[*Node]string{}
+	paths := map[*Node][]string{}
 	for _, an := range s {
 		raw, err := pl.parentRaw(an.Parent)
 		if err != nil {
@@ -333,10 +357,7 @@ func (pl *planner) step(s Step, last map[*Node]*Want) error {
 				name = an.New.Name
 			}
 		}
-		if paths[an.Parent] != "" {
-			paths[an.Parent] += ", "
-		}
-		paths[an.Parent] += name
+		paths[an.Parent] = append(paths[an.Parent], name)
 		if err := pl.anchor(an, last[an.Old] == an.New); err != nil {
 			return err
 		}
@@ -431,7 +452,10 @@ func (pl *planner) insertGroup(an Anchor) ([]byte, error) {
 		return nil, err
 	}
 	for _, e := range present {
-		names.claimShort(e.Name, e.short())
+		// What is there keeps its slots, so its alias cannot make way as it does in a shadow.
+		if !names.claimShort(e.Name, e.short()) {
+			return nil, fmt.Errorf("%w: %q equals the short name of %q in its directory", ErrName, an.New.Name, e.Name)
+		}
 	}
 	group, err := names.newGroup(an.New.Name, an.New.Template, an.New.Meta, an.New.Dir)
 	if err != nil {
@@ -593,8 +617,11 @@ func (pl *planner) shadow(w *Want, parent, near Cluster, path string) (Cluster, 
 
 // mayEdit notes that a block may change slot i of a parent.
 func (pl *planner) mayEdit(parent *Node, i int) {
+	if pl.need != nil {
+		return
+	}
 	off := pl.slotOff(parent, i)
-	ss := int64(pl.t.vol.geo.SectorSize)
+	ss := int64(pl.t.vol.geo.block())
 	pl.p.slotEdits[off/ss*ss] = append(pl.p.slotEdits[off/ss*ss], off)
 }
 
@@ -622,7 +649,7 @@ func (pl *planner) slotOff(n *Node, i int) int64 {
 func (pl *planner) insert(parent *Node, group []byte) error {
 	raw := pl.raw[parent]
 	k := len(group) / slotSize
-	per := pl.t.vol.geo.SectorSize / slotSize
+	per := pl.t.vol.geo.block() / slotSize
 	total := len(raw) / slotSize
 	end := total
 	run := 0
@@ -652,7 +679,15 @@ func (pl *planner) insert(parent *Node, group []byte) error {
 		if parent.Parent == nil && pl.t.vol.geo.Type != FAT32 {
 			return fmt.Errorf("%w: the root directory has %d slots, %d of them at its end are free, %d are needed", ErrNoSpace, total, total-end, k)
 		}
-		return &ErrNeedSlots{parent}
+		if pl.need == nil {
+			pl.need = &ErrNeedSlots{Dir: parent}
+		}
+		cs := pl.t.vol.geo.ClusterSize
+		for ; end+k > total; total = len(raw) / slotSize {
+			raw = append(raw, make([]byte, cs)...)
+			pl.a.asked++
+		}
+		pl.raw[parent] = raw
 	}
 	copy(raw[end*slotSize:], group)
 	for j := end; j < end+k; j++ {
@@ -674,18 +709,21 @@ func zero(b []byte) bool { return len(bytes.Trim(b, "\x00")) == 0 }
 // blocks compares a parent before and after a step, sector by sector from its end, and appends a block for each that
 // differs. From the end, because of insert; and because a deleted entry whose slots lie in two sectors must lose its
 // short slot, which is the last, before its long name.
-func (pl *planner) blocks(parent *Node, before []byte, path string) {
+func (pl *planner) blocks(parent *Node, before []byte, paths []string) {
+	if pl.need != nil {
+		return
+	}
 	raw := pl.raw[parent]
-	ss := pl.t.vol.geo.SectorSize
+	ss := pl.t.vol.geo.block()
 	for at := len(raw) - ss; at >= 0; at -= ss {
 		if bytes.Equal(before[at:at+ss], raw[at:at+ss]) {
 			continue
 		}
 		pl.p.Blocks = append(pl.p.Blocks, Block{
-			Off:  pl.slotOff(parent, at/slotSize),
-			Old:  append([]byte(nil), before[at:at+ss]...),
-			New:  append([]byte(nil), raw[at:at+ss]...),
-			Path: path,
+			Off:   pl.slotOff(parent, at/slotSize),
+			Old:   append([]byte(nil), before[at:at+ss]...),
+			New:   append([]byte(nil), raw[at:at+ss]...),
+			Paths: paths,
 		})
 	}
 }

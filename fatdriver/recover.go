@@ -73,6 +73,38 @@ func (t *Tree) Lost() ([]Run, error) {
 	return runs, err
 }
 
+// LostBlank lists the lost clusters that are alone in their chain and hold nothing but zeros: what the extension of a
+// directory leaves when it is cut before its commit, and what nobody can want back.
+func (t *Tree) LostBlank() ([]Run, error) {
+	var ends []Cluster
+	linked := map[Cluster]bool{}
+	err := t.lost(func(c Cluster, entry uint32) error {
+		if entry >= entryEOC {
+			ends = append(ends, c)
+		} else {
+			linked[Cluster(entry)] = true
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	var runs []Run
+	for _, c := range ends {
+		if linked[c] {
+			continue
+		}
+		b, err := t.vol.ReadCluster(c, t.vol.geo.ClusterSize)
+		if err != nil {
+			return nil, err
+		}
+		if zero(b) {
+			runs = appendCluster(runs, c)
+		}
+	}
+	return runs, nil
+}
+
 // Release frees those clusters of the given runs that are allocated and that nobody can reach, in every FAT copy, and
 // returns their number. It does not flush. The tree must have no damage, or what seems unreachable may not be.
 func (t *Tree) Release(sets ...[]Run) (int64, error) {
@@ -219,6 +251,51 @@ func (d *fileDevice) WriteAt(p []byte, off int64) (int, error) {
 	return d.each(p, off, func(part []byte, at int64) error { _, err := d.v.dev.WriteAt(part, at); return err })
 }
 
+// EachChain calls f with every cluster that begins a chain, whoever it belongs to, until f says to stop.
+func (v *Volume) EachChain(f func(first Cluster) (more bool, err error)) error {
+	linked := newBitmap(&v.geo)
+	for c := Cluster(2); c <= v.geo.MaxCluster(); c++ {
+		e, err := v.fat.get(c)
+		if err != nil {
+			return err
+		}
+		if v.geo.valid(Cluster(e)) {
+			linked.set(Cluster(e))
+		}
+	}
+	for c := Cluster(2); c <= v.geo.MaxCluster(); c++ {
+		e, err := v.fat.get(c)
+		if err != nil {
+			return err
+		}
+		if e == entryFree || e == entryBad || linked.has(c) {
+			continue
+		}
+		if more, err := f(c); err != nil || !more {
+			return err
+		}
+	}
+	return nil
+}
+
+// ChainDevice returns the content of the chain that begins at first as a device of size bytes, as FileDevice does for a
+// file. The chain must have exactly the clusters that size asks for.
+func (v *Volume) ChainDevice(first Cluster, size int64) (blockdev.Device, []Run, error) {
+	cs := int64(v.geo.ClusterSize)
+	want := (size + cs - 1) / cs
+	if size <= 0 || want > int64(v.geo.Clusters) {
+		return nil, nil, fmt.Errorf("cannot open the chain from cluster %d: a size of %d bytes", first, size)
+	}
+	runs, err := v.chain(first, want, newBitmap(&v.geo))
+	if err == nil && clustersIn(runs) != want {
+		err = fmt.Errorf("it has %d clusters, want %d", clustersIn(runs), want)
+	}
+	if err != nil {
+		return nil, nil, fmt.Errorf("cannot open the chain from cluster %d: %w", first, err)
+	}
+	return &fileDevice{Device: v.dev, v: v, runs: runs, size: size}, runs, nil
+}
+
 // ReadCluster reads the first n bytes of a cluster, whoever it belongs to.
 func (v *Volume) ReadCluster(c Cluster, n int) ([]byte, error) {
 	if !v.geo.valid(c) || n > v.geo.ClusterSize {
@@ -229,4 +306,22 @@ func (v *Volume) ReadCluster(c Cluster, n int) ([]byte, error) {
 		return nil, fmt.Errorf("cannot read cluster %d at offset 0x%x: %w", c, v.geo.ClusterOff(c), err)
 	}
 	return b, nil
+}
+
+// InDirectory says whether byte off of the volume lies in the slots of the directory at path.
+func (t *Tree) InDirectory(path string, off int64) bool {
+	n := t.Lookup(path)
+	if n == nil || !n.IsDir() {
+		return false
+	}
+	g := &t.vol.geo
+	if n.Parent == nil && g.Type != FAT32 {
+		return off >= g.RootOff && off < g.RootOff+g.RootSize
+	}
+	for _, r := range n.Runs {
+		if from := g.ClusterOff(r.First); off >= from && off < from+int64(r.Count)*int64(g.ClusterSize) {
+			return true
+		}
+	}
+	return false
 }

@@ -50,6 +50,9 @@ func Open(dev blockdev.Device) (*Volume, error) {
 	if err != nil {
 		return nil, err
 	}
+	if n := dev.SectorSize(); n >= 512 && n < geo.SectorSize {
+		geo.blockSize = n
+	}
 	v := &Volume{dev: dev, geo: geo, boot: boot}
 	v.fat = newTable(dev, &v.geo, v.activeFAT())
 	return v, nil

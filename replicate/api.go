@@ -22,6 +22,10 @@ var (
 	// ErrEmptySelection is returned when nothing is selected on the source: replicating it would delete everything.
 	ErrEmptySelection = errors.New("the selection is empty on the source")
 
+	// ErrStopped is the error of a target whose run was stopped because the source failed or the context was cancelled;
+	// what had been written was taken back.
+	ErrStopped = errors.New("the run was stopped")
+
 	// ErrSource is returned when the source cannot be read or is damaged; nothing was committed to any target.
 	ErrSource = errors.New("the source cannot be replicated")
 )
@@ -81,10 +85,10 @@ type Change struct {
 	Size int64 // bytes of the new file, or of the one deleted
 }
 
-// Commit is one commit point of a plan.
+// Commit is one commit point of a plan: a sector that switches one or several directory entries at once.
 type Commit struct {
-	Path string // the directory entry that switches
-	Off  int64  // byte offset of the sector on the volume
+	Paths []string // the entries
+	Off   int64    // byte offset of the sector on the volume
 }
 
 // Summary is what a plan will do, or did, to a target: exact numbers, not estimates.
@@ -97,7 +101,7 @@ type Summary struct {
 	ClustersFreed int64 // clusters to free after the commit
 	FreeBytes     int64 // free now
 	FreeAfter     int64 // free afterwards
-	PeakNeeded    int64 // free bytes needed at the peak
+	PeakNeeded    int64 // bytes taken at the peak, a journal that is made on the way included
 	Flushes       int
 }
 

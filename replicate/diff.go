@@ -276,10 +276,14 @@ type switchPoint struct {
 }
 
 // wants builds what a target is to look like, one switch point for each selected directory or file. It is pure: the
-// same tree and matches give the same result, so it can be repeated after a rescan. noRenames leaves out matches under
-// another name.
-func (r *run) wants(s *side, noRenames bool) ([]switchPoint, []Change, error) {
-	b := &wantBuilder{r: r, s: s, noRenames: noRenames}
+// same tree and matches give the same result, so it can be repeated after a rescan. staged leaves out matches under
+// another name for files that the target's loader entries refer to: those must be found under their old name until the
+// entries have switched, and under the new one from then on.
+func (r *run) wants(s *side, staged bool) ([]switchPoint, []Change, error) {
+	b := &wantBuilder{r: r, s: s}
+	if staged {
+		b.stay = referred(s.tree)
+	}
 	anchors := r.sel.anchors
 	if r.sel.everything() {
 		anchors = append([]string(nil), anchors...)
@@ -359,11 +363,11 @@ func (r *run) wants(s *side, noRenames bool) ([]switchPoint, []Change, error) {
 }
 
 type wantBuilder struct {
-	r         *run
-	s         *side
-	noRenames bool
-	changes   []Change
-	from      map[string]bool // paths that were renamed away
+	r       *run
+	s       *side
+	stay    func(p string) bool // files of the target that must not be renamed; nil when all may be
+	changes []Change
+	from    map[string]bool // paths that were renamed away
 }
 
 func (b *wantBuilder) change(op, p, from string, dir bool, size int64) {
@@ -399,7 +403,7 @@ func (b *wantBuilder) top(it *Item, old *fatdriver.Node, at string) (*fatdriver.
 // match is the path of the target's file that has the content of f.
 func (b *wantBuilder) match(f *Item) (string, bool) {
 	p, ok := b.s.match[f]
-	if ok && b.noRenames && fatdriver.Fold(p) != fatdriver.Fold(f.Path) {
+	if ok && b.stay != nil && fatdriver.Fold(p) != fatdriver.Fold(f.Path) && b.stay(p) {
 		return "", false
 	}
 	return p, ok
@@ -436,6 +440,9 @@ func (b *wantBuilder) wantAs(it *Item, old *fatdriver.Node, anchor bool) (*fatdr
 			}
 		}
 		if old != nil && old.IsDir() {
+			if kept := b.stays(old, it.Path); kept != "" {
+				return nil, fmt.Errorf("%w: %s is a file on the source, and on the target a directory with %s, which stays", ErrRefused, it.Path, kept)
+			}
 			b.gone(old, it.Path)
 		}
 		return w, nil
@@ -515,6 +522,20 @@ func (b *wantBuilder) retain(n *fatdriver.Node, at string) *fatdriver.Want {
 	return w
 }
 
+// stays returns the path of something below a directory that is not replicated, "" when there is nothing.
+func (b *wantBuilder) stays(n *fatdriver.Node, at string) string {
+	for _, c := range n.Children {
+		p := path.Join(at, c.Name())
+		if b.r.sel.excluded(p) {
+			return p
+		}
+		if kept := b.stays(c, p); kept != "" {
+			return kept
+		}
+	}
+	return ""
+}
+
 // gone notes that everything below a directory goes because a file takes its place.
 func (b *wantBuilder) gone(n *fatdriver.Node, at string) {
 	for _, c := range n.Children {
@@ -528,9 +549,49 @@ func (b *wantBuilder) gone(n *fatdriver.Node, at string) {
 	}
 }
 
+// referred returns a function that says whether a loader entry of the target refers to a path. Where the entries cannot
+// be read, every path is taken for one.
+func referred(tree *fatdriver.Tree) func(p string) bool {
+	n := lookup(tree.Root, "loader/entries")
+	if n == nil || !n.IsDir() {
+		return func(string) bool { return false }
+	}
+	src := &volumeSource{tree: tree}
+	set := map[string]bool{}
+	for _, e := range volumeItem(n, "loader/entries").Children {
+		if e.Dir || !strings.HasSuffix(fatdriver.Fold(e.Name), ".CONF") {
+			continue
+		}
+		paths, err := entryPaths(src, e)
+		if err != nil || e.Size > maxEntryFile {
+			return func(string) bool { return true }
+		}
+		for _, p := range paths {
+			set[fatdriver.Fold(strings.Join(fatdriver.SplitPath(p), "/"))] = true
+		}
+	}
+	return func(p string) bool { return set[fatdriver.Fold(p)] }
+}
+
 // union wants everything that final has and, besides, what old has and final has not: the state in which neither old nor
-// new loader entries miss a file. It is final itself when nothing is removed.
+// new loader entries miss a file. A file that final has under another name is there under that name alone, as it cannot
+// be in two places. It is final itself when nothing is removed.
 func union(final *fatdriver.Want, old *fatdriver.Node) *fatdriver.Want {
+	moved := map[*fatdriver.Node]bool{}
+	var note func(w *fatdriver.Want)
+	note = func(w *fatdriver.Want) {
+		if !w.Dir && w.Have != nil {
+			moved[w.Have] = true
+		}
+		for _, c := range w.Children {
+			note(c)
+		}
+	}
+	note(final)
+	return unionBut(final, old, moved)
+}
+
+func unionBut(final *fatdriver.Want, old *fatdriver.Node, moved map[*fatdriver.Node]bool) *fatdriver.Want {
 	if !final.Dir || !old.IsDir() || final.Have != old {
 		return final
 	}
@@ -542,14 +603,17 @@ func union(final *fatdriver.Want, old *fatdriver.Node) *fatdriver.Want {
 		have[fatdriver.Fold(c.Name)] = true
 		uc := c
 		if c.Dir && c.Have != nil {
-			uc = union(c, c.Have)
+			uc = unionBut(c, c.Have, moved)
 		}
 		changed = changed || uc != c
 		u.Children = append(u.Children, uc)
 	}
 	for _, n := range old.Children {
-		if !have[fatdriver.Fold(n.Name())] {
-			u.Children = append(u.Children, fatdriver.Carry(n))
+		if have[fatdriver.Fold(n.Name())] {
+			continue
+		}
+		if w := carryBut(n, moved); w != nil {
+			u.Children = append(u.Children, w)
 			changed = true
 		}
 	}
@@ -557,4 +621,24 @@ func union(final *fatdriver.Want, old *fatdriver.Node) *fatdriver.Want {
 		return final
 	}
 	return &u
+}
+
+// carryBut is Carry without the files that were moved elsewhere; nil when nothing is left.
+func carryBut(n *fatdriver.Node, moved map[*fatdriver.Node]bool) *fatdriver.Want {
+	if !n.IsDir() {
+		if moved[n] {
+			return nil
+		}
+		return fatdriver.Carry(n)
+	}
+	w := &fatdriver.Want{Name: n.Name(), Dir: true, Have: n}
+	for _, c := range n.Children {
+		if k := carryBut(c, moved); k != nil {
+			w.Children = append(w.Children, k)
+		}
+	}
+	if len(w.Children) == 0 && len(n.Children) > 0 {
+		return nil
+	}
+	return w
 }

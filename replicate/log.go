@@ -87,6 +87,35 @@ func findJournal(v *fatdriver.Volume, tree *fatdriver.Tree) (*journal.Log, block
 	return log, dev, bind, err
 }
 
+// searchJournal looks for a journal with an unfinished record when no directory leads to one: a cut can turn the sector
+// that was being committed into garbage, and that may be the one that names our own directory. Each allocated cluster
+// may be the beginning of it; the header says so, and its binding that it is this volume's, in this place. nil without
+// an error means that there is none.
+func searchJournal(v *fatdriver.Volume) (*journal.Log, error) {
+	var found *journal.Log
+	err := v.EachChain(func(first fatdriver.Cluster) (bool, error) {
+		b, err := v.ReadCluster(first, journal.HeaderSize)
+		if err != nil {
+			return true, nil // an unreadable cluster is not it
+		}
+		h, err := journal.DecodeHeader(b)
+		if err != nil {
+			return true, nil
+		}
+		dev, runs, err := v.ChainDevice(first, h.Size)
+		if err != nil {
+			return true, nil
+		}
+		log, err := journal.Open(dev, v.Geometry().SectorSize, binding(v, runs))
+		if err != nil || log.Status().State == journal.Idle {
+			return true, nil
+		}
+		found = log
+		return false, nil
+	})
+	return found, err
+}
+
 // journalOf opens the journal of a target for a new transaction. One that belongs to another volume, or is damaged,
 // holds nothing that can be acted on, and is made anew; one of a newer version is left alone. nil without an error
 // means that there is none yet.
@@ -149,20 +178,32 @@ func planJournal(s *side) (*fatdriver.Plan, error) {
 	return plan, err
 }
 
-// roomWithJournal refuses when the plan and the journal do not fit together, before the journal is created.
-func (r *run) roomWithJournal(s *side, plan *fatdriver.Plan) error {
-	jp, err := planJournal(s)
-	var need *fatdriver.ErrNeedSlots
-	if errors.As(err, &need) {
-		return nil
+// journalNeed is the number of clusters that the creation of the journal takes, beside those of a plan for points.
+func journalNeed(s *side, points []switchPoint) int64 {
+	an, file := journalAnchor(s.tree, journalSize(s.vol.Geometry()), false)
+	n := file.Size / s.cluster()
+	for w := an.New; w.Dir; w = w.Children[0] {
+		n++
 	}
-	if err != nil {
-		return fmt.Errorf("cannot create the journal: %w", err)
+	for _, p := range points {
+		if an.Parent == s.tree.Root && p.Old == nil && fatdriver.Fold(p.path) == "EFI" {
+			n-- // the journal brings the directory that the plan would make
+		}
 	}
+	_, err := planJournal(s)
+	if need := (*fatdriver.ErrNeedSlots)(nil); errors.As(err, &need) {
+		n = need.Need
+	}
+	return n
+}
+
+// roomFor refuses when a plan that needs that many clusters and the journal do not fit together, before the journal is
+// created.
+func (r *run) roomFor(s *side, need, free int64, points []switchPoint) error {
 	cs := s.cluster()
-	want := (clusters(plan.Alloc()) + clusters(jp.Alloc())) * cs
-	if free := plan.FreeBefore() * cs; want+r.opt.KeepFree > free {
-		return fmt.Errorf("%w: %d bytes are needed at the peak, the journal included, %d are free: %d bytes short", fatdriver.ErrNoSpace, want, free, want+r.opt.KeepFree-free)
+	sf := &fatdriver.Shortfall{Need: (need + journalNeed(s, points)) * cs, Free: free * cs, Keep: (r.opt.KeepFree + cs - 1) / cs * cs}
+	if sf.Need+sf.Keep > sf.Free {
+		return fmt.Errorf("the journal included: %w", sf)
 	}
 	return nil
 }

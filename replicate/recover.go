@@ -63,10 +63,13 @@ func Pending(t *Target) (bool, error) {
 		return false, fmt.Errorf("cannot look at %s: %w", t.Name, err)
 	}
 	log, _, _, err := findJournal(v, tree)
-	if err != nil || log == nil {
-		return false, nil
+	if errors.Is(err, journal.ErrBinding) || errors.Is(err, journal.ErrInvalid) {
+		return false, nil // it holds nothing that recovery could act on
 	}
-	return log.Status().State != journal.Idle, nil
+	if err != nil {
+		return false, fmt.Errorf("cannot look at %s: %w", t.Name, err)
+	}
+	return log != nil && log.Status().State != journal.Idle, nil
 }
 
 // recoverVolume is R1 to R6. The volume was opened with its caches dropped.
@@ -81,6 +84,17 @@ func recoverVolume(v *fatdriver.Volume, log *slog.Logger, reclaim bool) (*Recove
 		return rec, err
 	}
 	jl, _, _, jerr := findJournal(v, tree)
+	lost, err := tree.Lost()
+	if err != nil {
+		return rec, err
+	}
+	if jl == nil && jerr == nil && (len(lost) > 0 || tree.Damage() != nil) {
+		// The commit sector itself may be garbage, and lie on the way to the journal. Zeros there look like an empty
+		// directory: no damage, but everything below it is lost.
+		if jl, err = searchJournal(v); err != nil {
+			return rec, err
+		}
+	}
 	switch {
 	case errors.Is(jerr, journal.ErrVersion):
 		return rec, fmt.Errorf("%w: %w", ErrRefused, jerr)
@@ -99,12 +113,13 @@ func recoverVolume(v *fatdriver.Volume, log *slog.Logger, reclaim bool) (*Recove
 		if errors.Is(err, journal.ErrPayload) {
 			rec.Action, rec.Reason = actStale, err.Error()
 			log.Warn("the journal's record cannot be used", "err", err)
-			return rec, discard(v, jl)
+			err = nil
 		}
 		if err != nil {
 			return rec, err
 		}
 	}
+	unusable := jl != nil && rec.Action == actStale
 	decision := journal.Decision{Action: journal.Nothing}
 	if pending != nil {
 		if decision, err = decide(v, tree, jl, pending); err != nil {
@@ -116,6 +131,9 @@ func recoverVolume(v *fatdriver.Volume, log *slog.Logger, reclaim bool) (*Recove
 		// Rule R: somebody else wrote in between. The volume is readable as it is, and the record is of no more use.
 		rec.Action, rec.Reason = actStale, decision.Reason
 		log.Warn("the journal's record is stale: nothing is done about it", "reason", decision.Reason)
+		unusable, pending = true, nil
+	}
+	if unusable && tree.Damage() != nil {
 		return rec, discard(v, jl)
 	}
 	if decision.Damaged {
@@ -154,8 +172,7 @@ func recoverVolume(v *fatdriver.Volume, log *slog.Logger, reclaim bool) (*Recove
 	if pending != nil {
 		sets = append(sets, volumeRuns(pending.Alloc), volumeRuns(pending.Free))
 	}
-	lost, err := tree.Lost()
-	if err != nil {
+	if lost, err = tree.Lost(); err != nil {
 		return rec, err
 	}
 	if len(lost) > 0 {
@@ -167,7 +184,12 @@ func recoverVolume(v *fatdriver.Volume, log *slog.Logger, reclaim bool) (*Recove
 			if err != nil {
 				return rec, err
 			}
-			sets = append(sets, stamped)
+			// Before there was a journal, a directory may have had to grow for it.
+			blank, err := tree.LostBlank()
+			if err != nil {
+				return rec, err
+			}
+			sets = append(sets, stamped, blank)
 		}
 		if rec.FreedClusters, err = tree.Release(sets...); err != nil {
 			return rec, err
@@ -197,6 +219,11 @@ func recoverVolume(v *fatdriver.Volume, log *slog.Logger, reclaim bool) (*Recove
 		default:
 			rec.Action = actFinish
 		}
+		if err := discard(v, jl); err != nil {
+			return rec, err
+		}
+	} else if unusable {
+		// What nobody reads, and what follows from copy 0 alone, is in order all the same.
 		if err := discard(v, jl); err != nil {
 			return rec, err
 		}

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"slices"
 	"sync"
 	"sync/atomic"
 
@@ -33,6 +34,7 @@ type side struct {
 	tree  *fatdriver.Tree
 	match matches
 	plan  *fatdriver.Plan
+	free  int64 // clusters that could be allocated when planning began
 	buf   []byte
 
 	mu sync.Mutex
@@ -46,7 +48,7 @@ func (s *side) fail(err error) {
 		s.res.Err = err
 		s.res.Outcome = Failed
 		if errors.Is(err, ErrRefused) || errors.Is(err, fatdriver.ErrNoSpace) || errors.Is(err, fatdriver.ErrNotFAT) ||
-			errors.Is(err, fatdriver.ErrNotTarget) || errors.Is(err, fatdriver.ErrDamaged) {
+			errors.Is(err, fatdriver.ErrNotTarget) || errors.Is(err, fatdriver.ErrDamaged) || errors.Is(err, fatdriver.ErrName) {
 			s.res.Outcome = Refused
 		}
 	}
@@ -154,12 +156,6 @@ func (r *run) open(s *side) {
 	if rec.Changed() || rec != nil && rec.Action == "stale" {
 		s.res.Recovered = rec
 	}
-	if err == nil && rec.Action == actStale {
-		// Recovery left everything as it was. What nobody reads can be put in order all the same.
-		if _, err = s.vol.MendFATs(); err == nil {
-			err = s.dev.Flush()
-		}
-	}
 	if err == nil {
 		err = r.scan(s)
 	}
@@ -205,7 +201,18 @@ func (r *run) plan(s *side) {
 const maxReplans = 64
 
 func (r *run) makePlan(s *side) error {
-	prepared := r.opt.DryRun // whether what follows may write: only once the whole need of space is known
+	var err error
+	if s.free, err = s.tree.Allocatable(); err != nil {
+		return err
+	}
+	prepared := r.opt.DryRun
+	prepare := func() error { // before the first write
+		if prepared {
+			return nil
+		}
+		prepared = true
+		return r.rehearse(s)
+	}
 	for range maxReplans {
 		points, changes, err := r.wants(s, false)
 		if err != nil {
@@ -214,13 +221,24 @@ func (r *run) makePlan(s *side) error {
 		s.res.Summary.Changes = changes
 		plan, err := r.steps(s, points)
 		var need *fatdriver.ErrNeedSlots
+		var short *fatdriver.Shortfall
 		switch {
-		case errors.As(err, &need):
-			if err := r.roomFor(s, points); err != nil {
-				return err
+		case errors.As(err, &short):
+			if log, _, _, jerr := findJournal(s.vol, s.tree); log == nil && jerr == nil {
+				return r.roomFor(s, short.Need/s.cluster(), short.Free/s.cluster(), points)
 			}
+			return err
+		case errors.As(err, &need):
 			log, err := r.journalOf(s)
 			if err != nil {
+				return err
+			}
+			if log == nil {
+				if err := r.roomFor(s, need.Need, need.Free, points); err != nil {
+					return err
+				}
+			}
+			if err := prepare(); err != nil {
 				return err
 			}
 			if log == nil {
@@ -249,10 +267,11 @@ func (r *run) makePlan(s *side) error {
 			return err
 		}
 		if log == nil {
-			if !prepared {
-				if err := r.roomWithJournal(s, plan); err != nil {
-					return err
-				}
+			if err := r.roomFor(s, clusters(plan.Alloc()), plan.FreeBefore(), points); err != nil {
+				return err
+			}
+			if err := prepare(); err != nil {
+				return err
 			}
 			if err := r.createJournal(s); err != nil {
 				return err
@@ -272,88 +291,137 @@ func lookupNode(t *fatdriver.Tree, n *fatdriver.Node) *fatdriver.Node {
 	return lookup(t.Root, n.Path())
 }
 
-// steps orders the commits: payload, then the loader entries that refer to it, then removals of payload, so that no
-// entry ever names a missing file. Where everything switches in one sector there is nothing to order.
+// steps orders the commits so that no loader entry ever names a missing file: payload first, then the entries, then
+// removals of what the old entries refer to. Where everything switches in one sector there is nothing to order.
+//
+// A directory that loses files that the old entries refer to would have to change twice: with both sides' files, and
+// without the old ones. That is avoided where its entry and that of the loader's directory lie in one sector: then both
+// are switched in one write.
 func (r *run) steps(s *side, points []switchPoint) (*fatdriver.Plan, error) {
-	all := fatdriver.Step{}
-	for _, p := range points {
-		all = append(all, p.Anchor)
-	}
-	plan, err := s.tree.NewPlan([]fatdriver.Step{all}, r.opt.KeepFree)
+	plan, err := s.tree.NewPlan([]fatdriver.Step{anchors(points)}, r.opt.KeepFree)
 	if err != nil || len(plan.Blocks) <= 1 {
 		return plan, err
 	}
-	staged := func(points []switchPoint) (steps []fatdriver.Step, removes, entries bool) {
-		var add, load, remove fatdriver.Step
-		for _, p := range points {
-			switch {
-			case p.loader:
-				load = append(load, p.Anchor)
-				entries = true
-			case p.New == nil:
-				remove = append(remove, p.Anchor)
-				removes = true
-			case p.Old != nil:
-				u := p.Anchor
-				if u.New = union(p.New, p.Old); u.New != p.New {
-					removes = true
-					remove = append(remove, p.Anchor)
-				}
-				add = append(add, u)
-			default:
-				add = append(add, p.Anchor)
-			}
-		}
-		return []fatdriver.Step{add, load, remove}, removes, entries
+	// Entries that lie in one sector, as those of the root mostly do, switch together in one write when they switch whole.
+	if plan, err := r.inOneSector(s, anchors(points)); plan != nil || err != nil {
+		return plan, err
 	}
-	steps, removes, entries := staged(points)
-	if removes && entries {
-		// The files of old and new entries are there side by side for a moment, so none can be moved from one name to
-		// another: it would be in two places at once.
-		if points, _, err = r.wants(s, true); err != nil {
-			return nil, err
-		}
-		steps, _, _ = staged(points)
-		return s.tree.NewPlan(steps, r.opt.KeepFree)
+	payload, entries, bound := r.sortPoints(s, points)
+	if len(bound) == 0 || len(entries) == 0 {
+		return s.tree.NewPlan([]fatdriver.Step{append(anchors(payload), anchors(bound)...), anchors(entries)}, r.opt.KeepFree)
 	}
-	var add, load fatdriver.Step
-	for _, p := range points {
-		if p.loader {
-			load = append(load, p.Anchor)
-		} else {
-			add = append(add, p.Anchor)
-		}
+	together := append(anchors(entries), anchors(bound)...)
+	plan, err = r.inOneSector(s, together)
+	if err != nil {
+		return nil, err
 	}
-	return s.tree.NewPlan([]fatdriver.Step{add, load}, r.opt.KeepFree)
+	if plan != nil {
+		return s.tree.NewPlan([]fatdriver.Step{anchors(payload), whole(together)}, r.opt.KeepFree)
+	}
+	// The files of old and new entries are there side by side for a moment, so what an entry refers to cannot be moved
+	// from one name to another: it would be in two places at once.
+	if points, _, err = r.wants(s, true); err != nil {
+		return nil, err
+	}
+	payload, entries, bound = r.sortPoints(s, points)
+	first := anchors(payload)
+	for _, p := range bound {
+		if p.New == nil {
+			continue
+		}
+		u := p.Anchor
+		u.New = union(p.New, p.Old)
+		first = append(first, u)
+	}
+	return s.tree.NewPlan([]fatdriver.Step{first, anchors(entries), anchors(bound)}, r.opt.KeepFree)
 }
 
-// roomFor refuses early when a plan that cannot be made yet, for want of a directory slot, would not fit anyway.
-func (r *run) roomFor(s *side, points []switchPoint) error {
-	var need int64
-	cs := s.cluster()
-	var count func(w *fatdriver.Want)
-	count = func(w *fatdriver.Want) {
-		if w == nil {
-			return
+// inOneSector plans a step so that each of its entries switches whole. It returns nil when that takes more than one
+// sector, or room that is not there.
+func (r *run) inOneSector(s *side, step fatdriver.Step) (*fatdriver.Plan, error) {
+	plan, err := s.tree.NewPlan([]fatdriver.Step{whole(step)}, r.opt.KeepFree)
+	var need *fatdriver.ErrNeedSlots
+	if errors.Is(err, fatdriver.ErrNoSpace) || errors.As(err, &need) || err == nil && len(plan.Blocks) > 1 {
+		return nil, nil
+	}
+	return plan, err
+}
+
+// whole is the step with every anchor switched at its own entry.
+func whole(step fatdriver.Step) fatdriver.Step {
+	out := slices.Clone(step)
+	for i := range out {
+		out[i].Whole = true
+	}
+	return out
+}
+
+func anchors(points []switchPoint) fatdriver.Step {
+	var out fatdriver.Step
+	for _, p := range points {
+		out = append(out, p.Anchor)
+	}
+	return out
+}
+
+// sortPoints tells the points that change apart: those that hold loader entries, those that are bound to come after them
+// because they lose a file that an entry of the target refers to, and the rest.
+func (r *run) sortPoints(s *side, points []switchPoint) (payload, entries, bound []switchPoint) {
+	refers := referred(s.tree)
+	for _, p := range points {
+		switch {
+		case !p.Changes():
+		case p.loader:
+			entries = append(entries, p)
+		case p.Old != nil && loses(p, refers):
+			bound = append(bound, p)
+		default:
+			payload = append(payload, p)
 		}
-		if !w.Dir && w.Have == nil {
-			need += (w.Size + cs - 1) / cs
+	}
+	return payload, entries, bound
+}
+
+// loses says whether a file of the old tree, for which refers is true, is not in its place in the new one.
+func loses(p switchPoint, refers func(path string) bool) bool {
+	stays := map[string]bool{}
+	var note func(w *fatdriver.Want, at string)
+	note = func(w *fatdriver.Want, at string) {
+		if !w.Dir {
+			stays[fatdriver.Fold(at)] = true
 		}
 		for _, c := range w.Children {
-			count(c)
+			note(c, at+"/"+c.Name)
 		}
 	}
-	for _, p := range points {
-		count(p.New)
+	if p.New != nil {
+		note(p.New, p.Old.Path())
 	}
-	free, err := s.vol.FreeClusters()
-	if err != nil {
+	var lost func(n *fatdriver.Node) bool
+	lost = func(n *fatdriver.Node) bool {
+		if !n.IsDir() {
+			return refers(n.Path()) && !stays[fatdriver.Fold(n.Path())]
+		}
+		return slices.ContainsFunc(n.Children, lost)
+	}
+	return lost(p.Old)
+}
+
+// rehearse makes the plan of a target with everything that must be written before it, in memory: whoever has not enough
+// room in the end is refused before the first write.
+func (r *run) rehearse(s *side) error {
+	dry := *r
+	dry.opt.DryRun, dry.log = true, slog.New(slog.DiscardHandler)
+	d := &side{t: s.t, res: &Result{}, match: s.match, count: blockdev.NewCounting(blockdev.NewOverlay(s.dev))}
+	d.dev = d.count
+	var err error
+	if d.vol, err = fatdriver.Open(d.dev); err != nil {
 		return err
 	}
-	if need*cs+r.opt.KeepFree > free*cs {
-		return fmt.Errorf("%w: %d bytes are needed for new files, %d are free: %d bytes short", fatdriver.ErrNoSpace, need*cs, free*cs, need*cs+r.opt.KeepFree-free*cs)
+	if err := dry.scan(d); err != nil {
+		return err
 	}
-	return nil
+	return dry.makePlan(d)
 }
 
 // summarize fills in the exact numbers of a plan.
@@ -371,7 +439,7 @@ func (r *run) summarize(s *side, log *journal.Log) error {
 	}
 	sum := &s.res.Summary
 	for _, b := range s.plan.Blocks {
-		sum.Commits = append(sum.Commits, Commit{b.Path, b.Off})
+		sum.Commits = append(sum.Commits, Commit{b.Paths, b.Off})
 	}
 	for _, f := range s.plan.Files {
 		sum.DataBytes += f.Want.Size
@@ -390,7 +458,8 @@ func (r *run) summarize(s *side, log *journal.Log) error {
 	for _, run := range s.plan.Freed() {
 		sum.ClustersFreed += int64(run.Count)
 	}
-	sum.FreeBytes, sum.FreeAfter = s.plan.FreeBefore()*cs, s.plan.FreeAfter()*cs
+	sum.FreeBytes, sum.FreeAfter = s.free*cs, s.plan.FreeAfter()*cs
+	sum.Clusters += s.free - s.plan.FreeBefore() // the journal, and directories that grew
 	sum.PeakNeeded = sum.Clusters * cs
 	sum.Flushes = int(s.count.Counts().Flushes) + cost.Flushes + flushes
 	s.res.Outcome = Differs
@@ -553,9 +622,6 @@ func (r *run) broadcast(ctx context.Context, feeds []*feed, needed map[*Item]boo
 // buffers is how many chunks of the source are under way at once.
 const buffers = 8
 
-// errAborted is how a target learns that the source failed or the run was cancelled.
-var errAborted = errors.New("the run was stopped")
-
 // transact carries out the plan of one target: build, barrier, read back, commit, barrier, free, barrier, done. It is
 // the protocol, in its order.
 func (r *run) transact(ctx context.Context, f *feed, aborted *atomic.Bool) (err error) {
@@ -584,7 +650,7 @@ func (r *run) transact(ctx context.Context, f *feed, aborted *atomic.Bool) (err 
 		return err
 	}
 	if aborted.Load() {
-		return errAborted
+		return ErrStopped
 	}
 	if err := tx.WriteDirs(); err != nil {
 		return err
@@ -632,7 +698,7 @@ func (r *run) transact(ctx context.Context, f *feed, aborted *atomic.Bool) (err 
 		if err := tx.Committed(i); err != nil {
 			return err
 		}
-		r.log.Info("committed", "target", s.t.Name, "entry", s.plan.Blocks[i].Path, "offset", fmt.Sprintf("0x%x", s.plan.Blocks[i].Off))
+		r.log.Debug("committed", "target", s.t.Name, "entries", s.plan.Blocks[i].Paths, "offset", fmt.Sprintf("0x%x", s.plan.Blocks[i].Off))
 	}
 	return closeTx(s, tx, log)
 }
@@ -678,7 +744,7 @@ func receive(f *feed, tx *fatdriver.Tx) error {
 		}
 	}
 	if got != len(f.files) {
-		return errAborted
+		return ErrStopped
 	}
 	return nil
 }

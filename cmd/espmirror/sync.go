@@ -130,8 +130,8 @@ type changeReport struct {
 }
 
 type commitReport struct {
-	Path string `json:"path"`
-	Off  int64  `json:"offset_bytes"`
+	Paths []string `json:"paths"`
+	Off   int64    `json:"offset_bytes"`
 }
 
 func newRunReport(m *members, source string, o replicate.Options, outcomes []*outcome) *runReport {
@@ -161,7 +161,7 @@ func newSummaryReport(s *replicate.Summary) *summaryReport {
 		r.Changes = append(r.Changes, changeReport{c.Op, c.Path, c.From, c.Dir, c.Size})
 	}
 	for _, c := range s.Commits {
-		r.Commits = append(r.Commits, commitReport{c.Path, c.Off})
+		r.Commits = append(r.Commits, commitReport{c.Paths, c.Off})
 	}
 	return r
 }
@@ -242,7 +242,7 @@ func (t *targetReport) printPlan(o *output, verify bool) {
 		return
 	}
 	for _, c := range s.Commits {
-		o.printf("  commit   %s (the sector at 0x%x)\n", safe(c.Path), c.Off)
+		o.printf("  commit   %s (the sector at 0x%x)\n", safe(strings.Join(c.Paths, ", ")), c.Off)
 	}
 	o.printf("  writes   %s (%d bytes, %d of them file content) with %s\n", sizeText(s.BytesToWrite), s.BytesToWrite,
 		s.DataBytes, plural(int64(s.Flushes), "flush", "flushes"))

@@ -1,0 +1,100 @@
+package replicate
+
+import (
+	"bytes"
+	"context"
+	"testing"
+
+	"espmirror/blockdev"
+	"espmirror/fatdriver"
+	"espmirror/fixtures"
+)
+
+// TestGarbageCommitSector is T3 of the fault model: the sector that was being committed holds garbage. Recovery knows it
+// from the record, also where the sector is on the way to the journal, and makes the tree old or new again.
+func TestGarbageCommitSector(t *testing.T) {
+	garbage := map[string]func(b []byte){
+		"zeros": func(b []byte) { clear(b) },
+		"ones":  func(b []byte) { copy(b, bytes.Repeat([]byte{0xFF}, len(b))) },
+		"random": func(b []byte) {
+			x := uint32(12345)
+			for i := range b {
+				x = x*1664525 + 1013904223
+				b[i] = byte(x >> 24)
+			}
+		},
+	}
+	cases := crashCases()
+	for _, name := range []string{"replace", "one directory", "kernel update", "files in the root"} {
+		for _, g := range geometries {
+			t.Run(name+"/"+g.name, func(t *testing.T) {
+				t.Parallel()
+				o := Options{Selection: crashSelect}
+				m := newVolume(t, g)
+				if res := syncMem(t, newMemSource(cases[name][0]), m, o); res.Err != nil {
+					t.Fatal(res.Err)
+				}
+				c := record1(t, g, m.Bytes(), newMemSource(cases[name][1]), o)
+				v, err := fatdriver.Open(m)
+				if err != nil {
+					t.Fatal(err)
+				}
+				tree, err := v.Scan()
+				if err != nil {
+					t.Fatal(err)
+				}
+				live := func(off int64) bool { // whether a sector belongs to a directory that stays: a commit sector
+					for _, d := range []string{"", "EFI", "EFI/BOOT", "EFI/Linux", "loader"} {
+						if tree.InDirectory(d, off) {
+							return true
+						}
+					}
+					return false
+				}
+				dev := blockdev.NewMem(bytes.Clone(m.Bytes()), g.sector)
+				tried := 0
+				var pending []fixtures.Op
+				for _, op := range c.rec.Ops {
+					if op.Flush {
+						pending = nil
+						continue
+					}
+					pending = append(pending, op)
+					if len(pending) == 1 && len(op.Data) <= g.sector && live(op.Off) {
+						for kind, spoil := range garbage {
+							cut := blockdev.NewMem(bytes.Clone(dev.Bytes()), g.sector)
+							spoil(cut.Bytes()[op.Off : op.Off+int64(len(op.Data))])
+							rec, err := Recover(context.Background(), &Target{Name: "cut", Dev: cut}, RecoverOptions{})
+							if err != nil {
+								t.Fatalf("%s at 0x%x: %v", kind, op.Off, err)
+							}
+							if rec.Action != actBack && rec.Action != actForward && rec.Action != actFinish {
+								t.Fatalf("%s at 0x%x: %+v", kind, op.Off, rec)
+							}
+							for n := 0; n < g.fats; n++ {
+								got, err := c.read(cut, n, false)
+								if err != nil {
+									t.Fatalf("%s at 0x%x, FAT copy %d: %v (%+v)", kind, op.Off, n, err, rec)
+								}
+								if _, ok := c.allowed[treeDigest(got)]; !ok {
+									t.Fatalf("%s at 0x%x: the tree is neither old nor new (%+v)", kind, op.Off, rec)
+								}
+								if lost, err := got.Lost(); err != nil || len(lost) > 0 {
+									t.Fatalf("%s at 0x%x: lost clusters %v %v", kind, op.Off, lost, err)
+								}
+							}
+							tried++
+							fixtures.Count("states", 1)
+						}
+					}
+					if _, err := dev.WriteAt(op.Data, op.Off); err != nil {
+						t.Fatal(err)
+					}
+				}
+				if tried == 0 {
+					t.Fatal("no commit sector was found")
+				}
+			})
+		}
+	}
+}
