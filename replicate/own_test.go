@@ -3,6 +3,8 @@ package replicate
 import (
 	"bytes"
 	"context"
+	"errors"
+	"sort"
 	"strings"
 	"testing"
 
@@ -76,4 +78,70 @@ func TestFileDoesNotReplaceWhatStays(t *testing.T) {
 		t.Fatal(r.Err)
 	}
 	judge(t, m, 2, map[string]string{"a": "2"})
+}
+
+// What cannot be meant is refused before anything is looked at.
+func TestWrongSelection(t *testing.T) {
+	m := newVolume(t, geometries[2])
+	src := newMemSource(map[string]string{"loader/random-seed": "0123", "EFI/espmirror/journal": "4567", "EFI/BOOT/x": "8"})
+	for _, p := range []string{"..", ".", "EFI/../loader", "EFI/espmirror", "efi\\ESPMIRROR\\", "EFI/espmirror/journal", "Loader/Random-Seed"} {
+		o := Options{Selection: Selection{Select: []string{p, "EFI/BOOT"}}}
+		refuses(t, src, m, o, ErrSelection.Error())
+		if _, err := o.Selection.resolve(src); !errors.Is(err, ErrSelection) {
+			t.Errorf("%s: %v", p, err)
+		}
+	}
+	for _, p := range []string{"", "/", "[", "a/../b"} {
+		if _, err := (Selection{Exclude: []string{p}}).resolve(src); !errors.Is(err, ErrSelection) {
+			t.Errorf("exclude %q: %v", p, err)
+		}
+	}
+}
+
+// TestExcluded holds what a selection leaves out.
+func TestExcluded(t *testing.T) {
+	src := newMemSource(map[string]string{
+		"EFI/BOOT/x": "", "EFI/Linux/a.efi": "", "EFI/Microsoft/Boot/b": "", "EFI/Microsoft/Boot/grubenv": "", "EFI/Microsoft/Recovery/r": "",
+		"loader/loader.conf": "", "loader/random-seed": "", "loader/entries/e.conf": "", "f": "",
+	})
+	for _, tc := range []struct {
+		sel  Selection
+		want string // files
+	}{
+		{Selection{}, "EFI/BOOT/x EFI/Linux/a.efi loader/entries/e.conf loader/loader.conf"},
+		{Selection{Exclude: []string{"EFI"}}, "loader/entries/e.conf loader/loader.conf"},
+		{Selection{Exclude: []string{"efi/linux/", "*.conf"}}, "EFI/BOOT/x"},
+		{Selection{Select: []string{"EFI/Linux/a.efi", "f"}, Exclude: []string{"EFI/Linux"}}, "f"},
+		{Selection{Select: []string{"EFI"}}, "EFI/BOOT/x EFI/Linux/a.efi"},
+		{Selection{Select: []string{"EFI", "EFI/microsoft"}}, "EFI/BOOT/x EFI/Linux/a.efi EFI/Microsoft/Boot/b EFI/Microsoft/Recovery/r"},
+		{Selection{Select: []string{"EFI", "EFI/microsoft/boot"}}, "EFI/BOOT/x EFI/Linux/a.efi EFI/Microsoft/Boot/b"},
+		{Selection{Select: []string{"EFI/Microsoft/Boot"}}, "EFI/Microsoft/Boot/b"},
+		{Selection{Select: []string{"/"}}, "EFI/BOOT/x EFI/Linux/a.efi f loader/entries/e.conf loader/loader.conf"},
+		{Selection{Select: []string{"/", "EFI/Microsoft/Recovery/r"}, Exclude: []string{"loader"}}, "EFI/BOOT/x EFI/Linux/a.efi EFI/Microsoft/Recovery/r f"},
+	} {
+		sel, err := tc.sel.resolve(src)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var have []string
+		for _, it := range (&run{src: src, sel: sel}).selectedFiles() {
+			have = append(have, it.Path)
+		}
+		sort.Strings(have)
+		if got := strings.Join(have, " "); got != tc.want {
+			t.Errorf("%+v selects\n%s, want\n%s", tc.sel, got, tc.want)
+		}
+	}
+	if _, err := (Selection{Exclude: []string{"EFI", "loader"}}).resolve(src); !errors.Is(err, ErrEmptySelection) {
+		t.Errorf("nothing is left: %v", err)
+	}
+}
+
+// A loader entry that names a directory as its kernel does not bring all of EFI.
+func TestEntryNamesEFI(t *testing.T) {
+	src := newMemSource(map[string]string{"loader/entries/e.conf": "linux /EFI\nefi \\EFI\\\ninitrd /EFI/x/y /\n", "EFI/x/y": "", "EFI/other/z": ""})
+	refs, err := entryReferences(src)
+	if err != nil || strings.Join(refs, " ") != "EFI/x" {
+		t.Errorf("%q %v", refs, err)
+	}
 }
