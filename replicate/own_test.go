@@ -4,9 +4,12 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
+	"math"
 	"sort"
 	"strings"
 	"testing"
+	"time"
 
 	"espmirror/blockdev"
 )
@@ -143,5 +146,41 @@ func TestEntryNamesEFI(t *testing.T) {
 	refs, err := entryReferences(src)
 	if err != nil || strings.Join(refs, " ") != "EFI/x" {
 		t.Errorf("%q %v", refs, err)
+	}
+}
+
+// The largest --keep-free that can be written is still more than there is.
+func TestKeepFreeDoesNotOverflow(t *testing.T) {
+	src := newMemSource(map[string]string{"f": "x"})
+	for _, keep := range []int64{math.MaxInt64, math.MaxInt64 - 511, 1 << 56, 1 << 40} {
+		m := newVolume(t, geometries[2])
+		refuses(t, src, m, Options{Selection: Selection{Select: []string{"f"}}, KeepFree: keep}, "not enough room")
+	}
+}
+
+// Planning takes time in proportion to the number of files: the quadratic way took 12 s for these on the machine where
+// it was found.
+func TestManyFilesAgain(t *testing.T) {
+	if testing.Short() {
+		t.Skip()
+	}
+	src := newMemSource(map[string]string{"d/": ""})
+	d := &Item{Name: "d", Path: "d", Dir: true}
+	for i := range 15000 {
+		name := fmt.Sprintf("F%07d", i)
+		d.Children = append(d.Children, &Item{Name: name, Path: "d/" + name})
+	}
+	src.root.Children = []*Item{d}
+	m := newVolume(t, geometries[2])
+	o := Options{Selection: Selection{Select: []string{"d"}}}
+	if r := syncMem(t, src, m, o); r.Err != nil {
+		t.Fatal(r.Err)
+	}
+	begin := time.Now()
+	if r := syncMem(t, src, m, o); r.Err != nil || r.Outcome != InSync {
+		t.Fatal(r.Outcome, r.Err)
+	}
+	if took := time.Since(begin); took > 4*time.Second {
+		t.Errorf("a second sync took %v", took)
 	}
 }

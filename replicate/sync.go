@@ -82,6 +82,9 @@ func Sync(ctx context.Context, src Source, targets []*Target, o Options) ([]Resu
 	return results, nil
 }
 
+// maxKeepFree is more than any FAT volume has, and so little that adding what a plan needs does not overflow.
+const maxKeepFree = 1 << 56
+
 // begin checks what was asked for and makes the sides.
 func begin(src Source, targets []*Target, o Options) (*run, []Result, []*side, error) {
 	if o.Log == nil {
@@ -91,6 +94,7 @@ func begin(src Source, targets []*Target, o Options) (*run, []Result, []*side, e
 	if err != nil {
 		return nil, nil, nil, err
 	}
+	o.KeepFree = min(o.KeepFree, maxKeepFree)
 	r := &run{src: src, sel: sel, opt: o, log: o.Log, hashes: map[*Item][32]byte{}}
 	results := make([]Result, len(targets))
 	var sides []*side
