@@ -5,7 +5,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"math"
+	"os"
+	"path/filepath"
 	"sort"
 	"strings"
 	"testing"
@@ -182,5 +185,42 @@ func TestManyFilesAgain(t *testing.T) {
 	}
 	if took := time.Since(begin); took > 4*time.Second {
 		t.Errorf("a second sync took %v", took)
+	}
+}
+
+// What cannot be replicated matters when it is selected, and then it is the source's fault, before any target is looked at.
+func TestUnfitSource(t *testing.T) {
+	dir := t.TempDir()
+	for _, d := range []string{"EFI/BOOT", "private"} {
+		if err := os.MkdirAll(filepath.Join(dir, d), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.Symlink("/etc", filepath.Join(dir, "EFI", "BOOT", "link")); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "EFI", "BOOT", "x"), nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chmod(filepath.Join(dir, "private"), 0); err != nil {
+		t.Fatal(err)
+	}
+	src, err := OpenDirSource(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer src.Close()
+	if os.Getuid() == 0 { // who may read everything sees no error
+		src.Root().child("private").Err = fs.ErrPermission
+	}
+	targets := []*Target{{Name: "b.img", Dev: newVolume(t, geometries[2])}, {Name: "c.img", Dev: newVolume(t, geometries[2])}}
+	for _, o := range []Selection{{}, {Select: []string{"private", "EFI"}, Exclude: []string{"link"}}, {Select: []string{"/"}}} {
+		if res, err := Sync(context.Background(), src, targets, Options{Selection: o}); !errors.Is(err, ErrSource) || !errors.Is(err, ErrRefused) || res != nil {
+			t.Errorf("%v: %v %v", o, res, err)
+		}
+	}
+	res, err := Sync(context.Background(), src, targets, Options{Selection: Selection{Exclude: []string{"link"}}})
+	if err != nil || res[0].Outcome != Synced || res[1].Outcome != Synced {
+		t.Errorf("%v %v", res, err)
 	}
 }
