@@ -83,6 +83,9 @@ func Sync(ctx context.Context, src Source, targets []*Target, o Options) ([]Resu
 	return results, nil
 }
 
+// maxKeepFree is more than any FAT volume has, and so little that adding what a plan needs does not overflow.
+const maxKeepFree = 1 << 56
+
 // begin checks what was asked for and makes the sides.
 func begin(src Source, targets []*Target, o Options) (*run, []Result, []*side, error) {
 	if o.Log == nil {
@@ -92,7 +95,11 @@ func begin(src Source, targets []*Target, o Options) (*run, []Result, []*side, e
 	if err != nil {
 		return nil, nil, nil, err
 	}
+	o.KeepFree = min(o.KeepFree, maxKeepFree)
 	r := &run{src: src, sel: sel, opt: o, log: o.Log, hashes: map[*Item][32]byte{}}
+	if err := r.replicable(); err != nil {
+		return nil, nil, nil, err
+	}
 	results := make([]Result, len(targets))
 	var sides []*side
 	for i, t := range targets {
@@ -101,6 +108,39 @@ func begin(src Source, targets []*Target, o Options) (*run, []Result, []*side, e
 	}
 	return r, results, sides, nil
 }
+
+// replicable finds what is selected and cannot be replicated, so that it is the source's fault and not each target's.
+func (r *run) replicable() error {
+	var find func(it *Item) error
+	find = func(it *Item) error {
+		if r.sel.excluded(it.Path) {
+			return nil
+		}
+		if it.Err != nil {
+			return refusal{fmt.Errorf("%w: %w", ErrSource, it.Err)}
+		}
+		for _, c := range it.Children {
+			if err := find(c); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	for _, a := range r.sel.anchors {
+		if it := r.src.Root().lookup(a); it != nil {
+			if err := find(it); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// refusal is an error that is ErrRefused without saying so in its message.
+type refusal struct{ error }
+
+func (r refusal) Unwrap() error        { return r.error }
+func (r refusal) Is(target error) bool { return target == ErrRefused }
 
 // each calls f for every target that has not failed, in parallel.
 func each(sides []*side, f func(*side)) {
