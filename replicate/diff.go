@@ -140,6 +140,9 @@ func (r *run) lockstep(f *Item, cand []*side, nodes []*fatdriver.Node) error {
 		}
 		at += k
 	}
+	if err := ended(rd); err != nil {
+		return fmt.Errorf("%w: cannot read %s: %w", ErrSource, f.Path, err)
+	}
 	for i, s := range cand {
 		if readers[i] != nil {
 			s.match[f] = nodes[i].Path()
@@ -154,6 +157,18 @@ func shrunk(err error) error {
 		return errors.New("it became shorter while it was read")
 	}
 	return err
+}
+
+// ended checks that nothing follows the bytes that the size promised: a file that grows is still being written.
+func ended(r io.Reader) error {
+	var b [1]byte
+	switch _, err := io.ReadFull(r, b[:]); {
+	case err == nil:
+		return errors.New("it became longer while it was read")
+	case !errors.Is(err, io.EOF):
+		return err
+	}
+	return nil
 }
 
 // renames looks for files that a target has under another name: same selected directory, same size, same content.
@@ -246,6 +261,9 @@ func hashReader(r io.Reader, size int64) (sum [32]byte, err error) {
 	h := sha256.New()
 	if _, err := io.CopyN(h, r, size); err != nil {
 		return sum, shrunk(err)
+	}
+	if err := ended(r); err != nil {
+		return sum, err
 	}
 	h.Sum(sum[:0])
 	return sum, nil
@@ -440,6 +458,9 @@ func (b *wantBuilder) wantAs(it *Item, old *fatdriver.Node, anchor bool) (*fatdr
 			}
 		}
 		if old != nil && old.IsDir() {
+			if own := b.own(old, it.Path); own != "" {
+				return nil, fmt.Errorf("%w: %s is a file on the source, and on the target a directory with %s, which must stay", ErrRefused, it.Path, own)
+			}
 			b.gone(old, it.Path)
 		}
 		return w, nil
@@ -517,6 +538,20 @@ func (b *wantBuilder) retain(n *fatdriver.Node, at string) *fatdriver.Want {
 		return nil
 	}
 	return w
+}
+
+// own finds something excluded below a directory of the target; "" when there is nothing.
+func (b *wantBuilder) own(n *fatdriver.Node, at string) string {
+	for _, c := range n.Children {
+		p := path.Join(at, c.Name())
+		if b.r.sel.excluded(p) {
+			return p
+		}
+		if p = b.own(c, p); p != "" {
+			return p
+		}
+	}
+	return ""
 }
 
 // gone notes that everything below a directory goes because a file takes its place.

@@ -14,11 +14,13 @@ import (
 // defaultSelect is what is selected when nothing is said, besides what the loader entries refer to.
 var defaultSelect = []string{"loader", "EFI/Linux", "EFI/systemd", "EFI/BOOT"}
 
+// alwaysOwn is never replicated, even when it is selected by its own path: the seed must differ on each ESP, and the
+// journal is what protects the very run that would replace it. What lies below is meant as well.
+var alwaysOwn = []string{"LOADER/RANDOM-SEED", "EFI/ESPMIRROR"}
+
 // ownPatterns name what belongs to one ESP alone: it is never copied, and never deleted. They are matched against the
 // folded path; one without a slash matches a name at any depth. What is selected by its own path is not protected.
 var ownPatterns = []string{
-	"LOADER/RANDOM-SEED",            // each ESP has its own, mixed by its own boots
-	"EFI/ESPMIRROR",                 // journal and state
 	"EFI/*/FW", "EFI/UPDATECAPSULE", // firmware updates on their way
 	"EFI/MICROSOFT", "EFI/APPLE", "EFI/HP", "EFI/DELL", "EFI/LENOVO", "EFI/ASUS", // other vendors
 	"GRUBENV", "EFI/REFIND/VARS", // boot loaders' variables
@@ -127,6 +129,11 @@ func (s *selection) excluded(p string) bool {
 	k := fatdriver.Fold(p)
 	if match(s.excludes, k) {
 		return true
+	}
+	for _, own := range alwaysOwn {
+		if k == own || strings.HasPrefix(k, own+"/") {
+			return true
+		}
 	}
 	return !s.byName[k] && match(ownPatterns, k)
 }
