@@ -43,6 +43,18 @@ type Anchor struct {
 	Parent *Node
 	Old    *Node
 	New    *Want
+
+	// Whole switches this very entry, even when all that changes lies deeper and could be switched there.
+	Whole bool
+}
+
+// Changes says whether New is anything else than Old as it is.
+func (a Anchor) Changes() bool {
+	if a.Old == nil || a.New == nil {
+		return a.Old != nil || a.New != nil
+	}
+	_, _, same := descend(a.Old, []*Want{a.New})
+	return !same
 }
 
 // Step is a group of anchors whose commits may come in any order. The steps of a plan are committed one after the
@@ -174,10 +186,12 @@ func (t *Tree) NewPlan(steps []Step, keepFree int64) (*Plan, error) {
 // selected tree makes shadows of the directories below that point only. The tree still switches in one write.
 func lower(steps []Step) []Step {
 	wants := map[*Node][]*Want{}
+	whole := map[*Node]bool{}
 	var order []*Node
 	for _, s := range steps {
 		for _, an := range s {
 			if an.Old != nil {
+				whole[an.Old] = whole[an.Old] || an.Whole && an.Changes()
 				if _, ok := wants[an.Old]; !ok {
 					order = append(order, an.Old)
 				}
@@ -190,7 +204,7 @@ func lower(steps []Step) []Step {
 	for _, old := range order {
 		cur, ws := old, wants[old]
 		orig := ws
-		for {
+		for !whole[old] {
 			next, nws, same := descend(cur, ws)
 			if same {
 				cur = nil
@@ -438,7 +452,10 @@ func (pl *planner) insertGroup(an Anchor) ([]byte, error) {
 		return nil, err
 	}
 	for _, e := range present {
-		names.claimShort(e.Name, e.short())
+		// What is there keeps its slots, so its alias cannot make way as it does in a shadow.
+		if !names.claimShort(e.Name, e.short()) {
+			return nil, fmt.Errorf("%w: %q equals the short name of %q in its directory", ErrName, an.New.Name, e.Name)
+		}
 	}
 	group, err := names.newGroup(an.New.Name, an.New.Template, an.New.Meta, an.New.Dir)
 	if err != nil {

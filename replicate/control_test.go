@@ -116,7 +116,7 @@ func TestDroppedFlush(t *testing.T) {
 			}
 		}
 		t.Logf("%d of %d flushes are missed when they are dropped", found, n)
-		if found < 5 {
+		if found < 4 { // J, B1, B2 and B3, of two commits at least one each
 			t.Errorf("only %d of %d flushes are missed", found, n)
 		}
 	})

@@ -190,6 +190,18 @@ func crashCases() map[string][2]map[string]string {
 			m["vmlinuz-linux"] = strings.Repeat("k", 3000)
 			m["Long name in the root.img"] = strings.Repeat("i", 1500)
 		})},
+		// The entries' sector and that of what they refer to are two, so both sides' files are there for a while.
+		"entries refer into EFI": {
+			with(func(m map[string]string) {
+				m["EFI/debian/vmlinuz-1"] = strings.Repeat("one", 500)
+				m["loader/entries/d.conf"] = "title d\nlinux /EFI/debian/vmlinuz-1\n"
+			}),
+			with(func(m map[string]string) {
+				m["EFI/debian/vmlinuz-2"] = strings.Repeat("two", 500)
+				m["loader/entries/d.conf"] = "title d\nlinux /EFI/debian/vmlinuz-2\n"
+				delete(m, "EFI/Linux/old and long.efi")
+			}),
+		},
 		"removed directories": {base, with(func(m map[string]string) {
 			delete(m, "0123456789abcdef0123456789abcdef/6.1/linux")
 			delete(m, "loader/entries/a.conf")
@@ -197,7 +209,7 @@ func crashCases() map[string][2]map[string]string {
 	}
 }
 
-var crashSelect = Selection{Select: []string{"loader", "EFI/Linux", "EFI/BOOT", "0123456789abcdef0123456789abcdef", "vmlinuz-linux", "Long name in the root.img"}}
+var crashSelect = Selection{Select: []string{"loader", "EFI/Linux", "EFI/BOOT", "EFI/debian", "0123456789abcdef0123456789abcdef", "vmlinuz-linux", "Long name in the root.img"}}
 
 func TestPowerCut(t *testing.T) {
 	limit, random := 3000, 60

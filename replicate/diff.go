@@ -458,8 +458,8 @@ func (b *wantBuilder) wantAs(it *Item, old *fatdriver.Node, anchor bool) (*fatdr
 			}
 		}
 		if old != nil && old.IsDir() {
-			if own := b.own(old, it.Path); own != "" {
-				return nil, fmt.Errorf("%w: %s is a file on the source, and on the target a directory with %s, which must stay", ErrRefused, it.Path, own)
+			if kept := b.stays(old, it.Path); kept != "" {
+				return nil, fmt.Errorf("%w: %s is a file on the source, and on the target a directory with %s, which stays", ErrRefused, it.Path, kept)
 			}
 			b.gone(old, it.Path)
 		}
@@ -540,15 +540,15 @@ func (b *wantBuilder) retain(n *fatdriver.Node, at string) *fatdriver.Want {
 	return w
 }
 
-// own finds something excluded below a directory of the target; "" when there is nothing.
-func (b *wantBuilder) own(n *fatdriver.Node, at string) string {
+// stays returns the path of something below a directory that is not replicated, "" when there is nothing.
+func (b *wantBuilder) stays(n *fatdriver.Node, at string) string {
 	for _, c := range n.Children {
 		p := path.Join(at, c.Name())
 		if b.r.sel.excluded(p) {
 			return p
 		}
-		if p = b.own(c, p); p != "" {
-			return p
+		if kept := b.stays(c, p); kept != "" {
+			return kept
 		}
 	}
 	return ""
@@ -607,11 +607,6 @@ func union(final *fatdriver.Want, old *fatdriver.Node) *fatdriver.Want {
 	}
 	note(final)
 	return unionBut(final, old, moved)
-}
-
-// leaves says whether something of old is no longer in its place in final.
-func leaves(final *fatdriver.Want, old *fatdriver.Node) bool {
-	return unionBut(final, old, nil) != final
 }
 
 func unionBut(final *fatdriver.Want, old *fatdriver.Node, moved map[*fatdriver.Node]bool) *fatdriver.Want {

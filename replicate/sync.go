@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"slices"
 	"sync"
 	"sync/atomic"
 
@@ -47,7 +48,7 @@ func (s *side) fail(err error) {
 		s.res.Err = err
 		s.res.Outcome = Failed
 		if errors.Is(err, ErrRefused) || errors.Is(err, fatdriver.ErrNoSpace) || errors.Is(err, fatdriver.ErrNotFAT) ||
-			errors.Is(err, fatdriver.ErrNotTarget) || errors.Is(err, fatdriver.ErrDamaged) {
+			errors.Is(err, fatdriver.ErrNotTarget) || errors.Is(err, fatdriver.ErrDamaged) || errors.Is(err, fatdriver.ErrName) {
 			s.res.Outcome = Refused
 		}
 	}
@@ -290,59 +291,120 @@ func lookupNode(t *fatdriver.Tree, n *fatdriver.Node) *fatdriver.Node {
 	return lookup(t.Root, n.Path())
 }
 
-// steps orders the commits: payload, then the loader entries that refer to it, then removals of payload, so that no
-// entry ever names a missing file. Where everything switches in one sector there is nothing to order.
+// steps orders the commits so that no loader entry ever names a missing file: payload first, then the entries, then
+// removals of what the old entries refer to. Where everything switches in one sector there is nothing to order.
+//
+// A directory that loses files that the old entries refer to would have to change twice: with both sides' files, and
+// without the old ones. That is avoided where its entry and that of the loader's directory lie in one sector: then both
+// are switched in one write.
 func (r *run) steps(s *side, points []switchPoint) (*fatdriver.Plan, error) {
-	all := fatdriver.Step{}
-	for _, p := range points {
-		all = append(all, p.Anchor)
-	}
-	plan, err := s.tree.NewPlan([]fatdriver.Step{all}, r.opt.KeepFree)
+	plan, err := s.tree.NewPlan([]fatdriver.Step{anchors(points)}, r.opt.KeepFree)
 	if err != nil || len(plan.Blocks) <= 1 {
 		return plan, err
 	}
-	staged := func(points []switchPoint) (steps []fatdriver.Step, removes, entries bool) {
-		var add, load, remove fatdriver.Step
-		for _, p := range points {
-			switch {
-			case p.loader:
-				load = append(load, p.Anchor)
-				entries = true
-			case p.New == nil:
-				remove = append(remove, p.Anchor)
-				removes = true
-			case p.Old != nil:
-				u := p.Anchor
-				if u.New = union(p.New, p.Old); u.New != p.New {
-					remove = append(remove, p.Anchor)
-				}
-				removes = removes || leaves(p.New, p.Old)
-				add = append(add, u)
-			default:
-				add = append(add, p.Anchor)
-			}
-		}
-		return []fatdriver.Step{add, load, remove}, removes, entries
+	// Entries that lie in one sector, as those of the root mostly do, switch together in one write when they switch whole.
+	if plan, err := r.inOneSector(s, anchors(points)); plan != nil || err != nil {
+		return plan, err
 	}
-	steps, removes, entries := staged(points)
-	if removes && entries {
-		// The files of old and new entries are there side by side for a moment, so what an entry refers to cannot be moved
-		// from one name to another: it would be in two places at once.
-		if points, _, err = r.wants(s, true); err != nil {
-			return nil, err
-		}
-		steps, _, _ = staged(points)
-		return s.tree.NewPlan(steps, r.opt.KeepFree)
+	payload, entries, bound := r.sortPoints(s, points)
+	if len(bound) == 0 || len(entries) == 0 {
+		return s.tree.NewPlan([]fatdriver.Step{append(anchors(payload), anchors(bound)...), anchors(entries)}, r.opt.KeepFree)
 	}
-	var add, load fatdriver.Step
+	together := append(anchors(entries), anchors(bound)...)
+	plan, err = r.inOneSector(s, together)
+	if err != nil {
+		return nil, err
+	}
+	if plan != nil {
+		return s.tree.NewPlan([]fatdriver.Step{anchors(payload), whole(together)}, r.opt.KeepFree)
+	}
+	// The files of old and new entries are there side by side for a moment, so what an entry refers to cannot be moved
+	// from one name to another: it would be in two places at once.
+	if points, _, err = r.wants(s, true); err != nil {
+		return nil, err
+	}
+	payload, entries, bound = r.sortPoints(s, points)
+	first := anchors(payload)
+	for _, p := range bound {
+		if p.New == nil {
+			continue
+		}
+		u := p.Anchor
+		u.New = union(p.New, p.Old)
+		first = append(first, u)
+	}
+	return s.tree.NewPlan([]fatdriver.Step{first, anchors(entries), anchors(bound)}, r.opt.KeepFree)
+}
+
+// inOneSector plans a step so that each of its entries switches whole. It returns nil when that takes more than one
+// sector, or room that is not there.
+func (r *run) inOneSector(s *side, step fatdriver.Step) (*fatdriver.Plan, error) {
+	plan, err := s.tree.NewPlan([]fatdriver.Step{whole(step)}, r.opt.KeepFree)
+	var need *fatdriver.ErrNeedSlots
+	if errors.Is(err, fatdriver.ErrNoSpace) || errors.As(err, &need) || err == nil && len(plan.Blocks) > 1 {
+		return nil, nil
+	}
+	return plan, err
+}
+
+// whole is the step with every anchor switched at its own entry.
+func whole(step fatdriver.Step) fatdriver.Step {
+	out := slices.Clone(step)
+	for i := range out {
+		out[i].Whole = true
+	}
+	return out
+}
+
+func anchors(points []switchPoint) fatdriver.Step {
+	var out fatdriver.Step
 	for _, p := range points {
-		if p.loader {
-			load = append(load, p.Anchor)
-		} else {
-			add = append(add, p.Anchor)
+		out = append(out, p.Anchor)
+	}
+	return out
+}
+
+// sortPoints tells the points that change apart: those that hold loader entries, those that are bound to come after them
+// because they lose a file that an entry of the target refers to, and the rest.
+func (r *run) sortPoints(s *side, points []switchPoint) (payload, entries, bound []switchPoint) {
+	refers := referred(s.tree)
+	for _, p := range points {
+		switch {
+		case !p.Changes():
+		case p.loader:
+			entries = append(entries, p)
+		case p.Old != nil && loses(p, refers):
+			bound = append(bound, p)
+		default:
+			payload = append(payload, p)
 		}
 	}
-	return s.tree.NewPlan([]fatdriver.Step{add, load}, r.opt.KeepFree)
+	return payload, entries, bound
+}
+
+// loses says whether a file of the old tree, for which refers is true, is not in its place in the new one.
+func loses(p switchPoint, refers func(path string) bool) bool {
+	stays := map[string]bool{}
+	var note func(w *fatdriver.Want, at string)
+	note = func(w *fatdriver.Want, at string) {
+		if !w.Dir {
+			stays[fatdriver.Fold(at)] = true
+		}
+		for _, c := range w.Children {
+			note(c, at+"/"+c.Name)
+		}
+	}
+	if p.New != nil {
+		note(p.New, p.Old.Path())
+	}
+	var lost func(n *fatdriver.Node) bool
+	lost = func(n *fatdriver.Node) bool {
+		if !n.IsDir() {
+			return refers(n.Path()) && !stays[fatdriver.Fold(n.Path())]
+		}
+		return slices.ContainsFunc(n.Children, lost)
+	}
+	return lost(p.Old)
 }
 
 // rehearse makes the plan of a target with everything that must be written before it, in memory: whoever has not enough
