@@ -641,11 +641,14 @@ func (r *run) broadcast(ctx context.Context, feeds []*feed, needed map[*Item]boo
 			}
 			buf := <-pool
 			k := min(left, chunkSize)
-			if _, err := io.ReadFull(rd, buf[:k]); err != nil {
+			_, err := io.ReadFull(rd, buf[:k])
+			if left -= k; err == nil && left == 0 {
+				err = ended(rd)
+			}
+			if err != nil {
 				rd.Close()
 				return fmt.Errorf("%w: cannot read %s: %w", ErrSource, it.Path, shrunk(err))
 			}
-			left -= k
 			refs := &atomic.Int32{}
 			refs.Store(int32(len(to)))
 			for _, f := range to {
