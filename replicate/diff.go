@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"path"
+	"slices"
 	"sort"
 	"strings"
 	"sync"
@@ -140,6 +141,9 @@ func (r *run) lockstep(f *Item, cand []*side, nodes []*fatdriver.Node) error {
 		}
 		at += k
 	}
+	if err := ended(rd); err != nil {
+		return fmt.Errorf("%w: cannot read %s: %w", ErrSource, f.Path, err)
+	}
 	for i, s := range cand {
 		if readers[i] != nil {
 			s.match[f] = nodes[i].Path()
@@ -154,6 +158,18 @@ func shrunk(err error) error {
 		return errors.New("it became shorter while it was read")
 	}
 	return err
+}
+
+// ended checks that nothing follows the bytes that the size promised: a file that grows is still being written.
+func ended(r io.Reader) error {
+	var b [1]byte
+	switch _, err := io.ReadFull(r, b[:]); {
+	case err == nil:
+		return errors.New("it became longer while it was read")
+	case !errors.Is(err, io.EOF):
+		return err
+	}
+	return nil
 }
 
 // renames looks for files that a target has under another name: same selected directory, same size, same content.
@@ -246,6 +262,9 @@ func hashReader(r io.Reader, size int64) (sum [32]byte, err error) {
 	h := sha256.New()
 	if _, err := io.CopyN(h, r, size); err != nil {
 		return sum, shrunk(err)
+	}
+	if err := ended(r); err != nil {
+		return sum, err
 	}
 	h.Sum(sum[:0])
 	return sum, nil
@@ -470,9 +489,13 @@ func (b *wantBuilder) wantAs(it *Item, old *fatdriver.Node, anchor bool) (*fatdr
 		return err
 	}
 	if old != nil {
+		byName := make(map[string]*Item, len(it.Children)) // of two equal names the first, as child has it
+		for _, c := range slices.Backward(it.Children) {
+			byName[fatdriver.Fold(c.Name)] = c
+		}
 		for _, n := range old.Children {
 			p := path.Join(it.Path, n.Name())
-			c := it.child(n.Name())
+			c := byName[fatdriver.Fold(n.Name())]
 			switch {
 			case b.r.sel.excluded(p):
 				w.Children = append(w.Children, fatdriver.Carry(n))
