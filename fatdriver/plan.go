@@ -84,7 +84,7 @@ type Block struct {
 type NewFile struct {
 	Want *Want
 	Runs []Run
-	sum  [32]byte // SHA-256 of its clusters as written, padding included
+	sum  checksum // of its clusters as written, padding included
 }
 
 // dirImage is a directory that a transaction writes.
