@@ -469,4 +469,7 @@ func TestFold(t *testing.T) {
 	if Fold("\xed\xa0\x80") == Fold("\xed\xa0\x81") {
 		t.Error("two lone surrogates are one")
 	}
+	if Fold("ı") == Fold("i") || Fold("ſ") == Fold("s") {
+		t.Error("a letter whose upper case is ASCII is taken for an ASCII letter")
+	}
 }

@@ -112,11 +112,20 @@ func Fold(name string) string {
 		if r == utf8.RuneError && n == 1 {
 			sb.WriteByte(name[i])
 		} else {
-			sb.WriteRune(unicode.ToUpper(r))
+			sb.WriteRune(upper(r))
 		}
 		i += n
 	}
 	return sb.String()
+}
+
+// upper is the simple upper case of r. Dotless i and long s stay: their upper cases are ASCII letters, and neither
+// Windows nor EDK2 takes "ı" for "i".
+func upper(r rune) rune {
+	if u := unicode.ToUpper(r); u >= 0x80 || r < 0x80 {
+		return u
+	}
+	return r
 }
 
 func isASCII(s string) bool {

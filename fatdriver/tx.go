@@ -307,6 +307,9 @@ func (tx *Tx) Committed(i int) error {
 	return tx.expect(i, tx.p.Blocks[i].New, "after the commit")
 }
 
+// Frees says whether Free has anything to do.
+func (tx *Tx) Frees() bool { return len(tx.p.freeRuns) > 0 }
+
 // Free releases what only the old tree used, in every FAT copy.
 func (tx *Tx) Free() error {
 	_, _, err := tx.v.freeRuns(tx.p.freeRuns, false)
@@ -438,6 +441,9 @@ func (p *Plan) Cost() (Cost, error) {
 		}
 		c.FSInfo += int64(len(info))
 	}
-	c.Flushes = 3 + len(p.Blocks) + extra
+	c.Flushes = 2 + len(p.Blocks) + extra
+	if len(p.freeRuns) > 0 {
+		c.Flushes++
+	}
 	return c, nil
 }

@@ -154,7 +154,7 @@ func recoverVolume(v *fatdriver.Volume, log *slog.Logger, reclaim bool) (*Recove
 		}
 	}
 	if err := tree.Damage(); err != nil {
-		return rec, err
+		return rec, &Hint{err, "run `espmirror check` on it to see every finding; fsck.fat can mend it"}
 	}
 	// R2: nobody reads the other copies, but fsck compares them. Before anything is freed, so that a cut in between
 	// leaves copies that are each consistent.

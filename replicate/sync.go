@@ -476,7 +476,10 @@ func (r *run) summarize(s *side, log *journal.Log) error {
 		return err
 	}
 	if size := journal.Size(rec); size > log.Capacity() {
-		return fmt.Errorf("%w: the intent record has %d bytes, the journal holds %d", ErrRefused, size, log.Capacity())
+		return &Hint{
+			fmt.Errorf("%w: the intent record has %d bytes, the journal holds %d", ErrRefused, size, log.Capacity()),
+			fmt.Sprintf("%d directory entries would have to switch one by one; select the directories above them, or fewer at a time", len(s.plan.Blocks)),
+		}
 	}
 	sum := &s.res.Summary
 	for _, b := range s.plan.Blocks {
@@ -761,8 +764,10 @@ func closeTx(tx *fatdriver.Tx, log *journal.Log) error {
 		return err
 	}
 	// B3: the record may be closed only when what it names for freeing is free.
-	if err := tx.Flush(); err != nil {
-		return err
+	if tx.Frees() {
+		if err := tx.Flush(); err != nil {
+			return err
+		}
 	}
 	if err := tx.Finish(); err != nil {
 		return err
