@@ -65,6 +65,7 @@ type Step []Anchor
 // that, and for everything else, are free.
 type ErrNeedSlots struct {
 	Dir  *Node
+	More int64 // clusters that Dir lacks
 	Need int64 // clusters for the whole plan, those for directories that grow included
 	Free int64 // clusters
 }
@@ -686,6 +687,9 @@ func (pl *planner) insert(parent *Node, group []byte) error {
 		for ; end+k > total; total = len(raw) / slotSize {
 			raw = append(raw, make([]byte, cs)...)
 			pl.a.asked++
+			if parent == pl.need.Dir {
+				pl.need.More++
+			}
 		}
 		pl.raw[parent] = raw
 	}

@@ -247,7 +247,7 @@ func (r *run) makePlan(s *side) error {
 				}
 				continue
 			}
-			if err := extend(s, log, lookupNode(s.tree, need.Dir)); err != nil {
+			if err := extend(s, log, lookupNode(s.tree, need.Dir), need.More); err != nil {
 				return err
 			}
 			if err := r.scan(s); err != nil {
