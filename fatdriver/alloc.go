@@ -155,7 +155,10 @@ func (e *Shortfall) Unwrap() error { return ErrNoSpace }
 // shortfall returns a Shortfall when more was asked for than is free, keepFree bytes set aside.
 func (a *allocator) shortfall(keepFree int64) error {
 	cs := int64(a.geo.ClusterSize)
-	keep := (keepFree + cs - 1) / cs
+	keep := keepFree / cs
+	if keepFree%cs > 0 {
+		keep++
+	}
 	if a.asked+keep <= a.total {
 		return nil
 	}

@@ -274,12 +274,11 @@ func parseDir(t Type, raw []byte, isRoot bool) *parsedDir {
 	note := func(slot int, fatal bool, format string, a ...any) {
 		d.issues = append(d.issues, dirIssue{slot, fatal, fmt.Sprintf(format, a...)})
 	}
-	orphans := func(i int) {
+	orphans := func() {
 		if longFrom >= 0 {
 			note(longFrom, false, "orphan long-name slots")
 			longFrom = -1
 		}
-		_ = i
 	}
 	for i := 0; i < total; i++ {
 		s := raw[i*slotSize : (i+1)*slotSize]
@@ -288,12 +287,12 @@ func parseDir(t Type, raw []byte, isRoot bool) *parsedDir {
 			break
 		}
 		if s[0] == slotDeleted {
-			orphans(i)
+			orphans()
 			continue
 		}
 		if s[offAttr]&attrLongMask == attrLong {
 			if s[0]&longLast != 0 {
-				orphans(i)
+				orphans()
 				longFrom = i
 			} else if longFrom < 0 {
 				note(i, false, "orphan long-name slots")
@@ -301,12 +300,12 @@ func parseDir(t Type, raw []byte, isRoot bool) *parsedDir {
 			continue
 		}
 		if s[offAttr]&AttrLabel != 0 {
-			orphans(i)
+			orphans()
 			d.labels = append(d.labels, &Entry{Group: append([]byte(nil), s...), Index: i})
 			continue
 		}
 		if string(s[:11]) == ".          " || string(s[:11]) == "..         " {
-			orphans(i)
+			orphans()
 			switch {
 			case isRoot:
 				note(i, true, "%q in the root directory", s[:2])
@@ -348,7 +347,7 @@ func parseDir(t Type, raw []byte, isRoot bool) *parsedDir {
 		}
 		d.entries = append(d.entries, e)
 	}
-	orphans(total)
+	orphans()
 	if !isRoot {
 		for i, want := range []string{".", ".."} {
 			if d.dots[i] == nil {

@@ -177,7 +177,6 @@ func newBitmap(g *Geometry) bitmap { return make(bitmap, (uint64(g.Clusters)+2+6
 
 func (b bitmap) has(c Cluster) bool { return b[c/64]&(1<<(c%64)) != 0 }
 func (b bitmap) set(c Cluster)      { b[c/64] |= 1 << (c % 64) }
-func (b bitmap) clear(c Cluster)    { b[c/64] &^= 1 << (c % 64) }
 
 func (b bitmap) setRuns(runs []Run) {
 	for _, r := range runs {

@@ -3,6 +3,7 @@ package fatdriver
 import (
 	"bytes"
 	"fmt"
+	"slices"
 )
 
 // assert checks a finished plan against the invariants of the protocol, from the plan's own output and the tree on the
@@ -46,7 +47,7 @@ func (p *Plan) assert() error {
 			return fail("I4", "the chain at cluster %d leads to cluster %d, which was not allocated", s.First, s.next)
 		}
 	}
-	if !bytes.Equal(bitmapBytes(seen), bitmapBytes(p.alloc)) {
+	if !slices.Equal(seen, p.alloc) {
 		return fail("I4", "a cluster was allocated and is in no chain")
 	}
 	cs := int64(g.ClusterSize)
@@ -104,8 +105,8 @@ func (p *Plan) assertEnd(fail func(string, string, ...any) error) error {
 		images[b.Off] = b.New
 	}
 	owner := map[Cluster]string{}
-	var check func(raw []byte, where string, blockOnly bool) error
-	check = func(raw []byte, where string, blockOnly bool) error {
+	var check func(raw []byte, where string) error
+	check = func(raw []byte, where string) error {
 		for at := 0; at+slotSize <= len(raw); at += slotSize {
 			s := raw[at : at+slotSize]
 			if s[0] == slotEnd {
@@ -132,7 +133,7 @@ func (p *Plan) assertEnd(fail func(string, string, ...any) error) error {
 				if slotCluster(g.Type, d.image) != c {
 					return fail("I4", `"." of %s is not its own cluster %d`, d.path, c)
 				}
-				if err := check(d.image, d.path, false); err != nil {
+				if err := check(d.image, d.path); err != nil {
 					return err
 				}
 			}
@@ -140,19 +141,9 @@ func (p *Plan) assertEnd(fail func(string, string, ...any) error) error {
 		return nil
 	}
 	for off, img := range images {
-		if err := check(img, fmt.Sprintf("the directory at offset 0x%x", off), true); err != nil {
+		if err := check(img, fmt.Sprintf("the directory at offset 0x%x", off)); err != nil {
 			return err
 		}
 	}
 	return nil
-}
-
-func bitmapBytes(b bitmap) []byte {
-	out := make([]byte, 0, len(b)*8)
-	for _, w := range b {
-		for i := 0; i < 8; i++ {
-			out = append(out, byte(w>>(8*i)))
-		}
-	}
-	return out
 }

@@ -25,7 +25,6 @@ type Tx struct {
 
 	spoolOff int64
 	spool    []byte
-	open     *FileWriter
 }
 
 // Begin starts a transaction. Nothing is written yet.

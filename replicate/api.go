@@ -22,6 +22,10 @@ var (
 	// ErrEmptySelection is returned when nothing is selected on the source: replicating it would delete everything.
 	ErrEmptySelection = errors.New("the selection is empty on the source")
 
+	// ErrSelection is returned for a selection or exclusion that cannot be meant: it names no file, or what must never be
+	// replicated.
+	ErrSelection = errors.New("cannot read the selection")
+
 	// ErrStopped is the error of a target whose run was stopped because the source failed or the context was cancelled;
 	// what had been written was taken back.
 	ErrStopped = errors.New("the run was stopped")

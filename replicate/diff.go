@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"path"
+	"slices"
 	"sort"
 	"strings"
 	"sync"
@@ -488,9 +489,13 @@ func (b *wantBuilder) wantAs(it *Item, old *fatdriver.Node, anchor bool) (*fatdr
 		return err
 	}
 	if old != nil {
+		byName := make(map[string]*Item, len(it.Children)) // of two equal names the first, as child has it
+		for _, c := range slices.Backward(it.Children) {
+			byName[fatdriver.Fold(c.Name)] = c
+		}
 		for _, n := range old.Children {
 			p := path.Join(it.Path, n.Name())
-			c := it.child(n.Name())
+			c := byName[fatdriver.Fold(n.Name())]
 			switch {
 			case b.r.sel.excluded(p):
 				w.Children = append(w.Children, fatdriver.Carry(n))

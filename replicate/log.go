@@ -223,7 +223,7 @@ func (r *run) createJournal(s *side) error {
 	plan, err := planJournal(s)
 	var need *fatdriver.ErrNeedSlots
 	if errors.As(err, &need) {
-		if err := extend(s, nil, need.Dir, need.More); err != nil {
+		if err := r.extend(s, nil, need.Dir, need.More); err != nil {
 			return err
 		}
 		return r.scan(s)
@@ -237,44 +237,24 @@ func (r *run) createJournal(s *side) error {
 		return fmt.Errorf("cannot create the journal: %w", err)
 	}
 	tx := plan.Begin()
-	w := tx.File(file)
-	if _, err = w.Write(content); err == nil {
-		err = w.Close()
-	}
-	if err == nil {
-		err = tx.WriteDirs()
-	}
-	if err == nil {
+	err = inOrder(
+		func() error {
+			w := tx.File(file)
+			if _, err := w.Write(content); err != nil {
+				return err
+			}
+			return w.Close()
+		},
+		tx.WriteDirs,
 		// The stamps must be on the medium before the clusters are taken: without them nobody could tell whose they are.
-		err = tx.Flush()
-	}
-	if err == nil {
-		err = tx.WriteFAT()
-	}
-	if err == nil {
+		tx.Flush,
+		tx.WriteFAT,
 		// The file must be whole before its directory entry is.
-		err = tx.Flush()
-	}
-	if err == nil && !r.opt.NoReadBack {
-		err = tx.ReadBack(nil)
-	}
-	for i := 0; i < len(plan.Blocks) && err == nil; i++ {
-		if err = tx.Commit(i); err == nil {
-			err = tx.Flush()
-		}
-		if err == nil {
-			err = tx.Committed(i)
-		}
-	}
-	if err == nil {
-		err = tx.Free() // a file that was there and was no journal
-	}
-	if err == nil {
-		err = tx.Finish()
-	}
-	if err == nil {
-		err = tx.Flush()
-	}
+		tx.Flush,
+		func() error { return r.readBack(s, tx) },
+		func() error { return r.commitAll(s, plan, tx, nil) },
+		func() error { return closeTx(tx, nil) },
+	)
 	if err != nil {
 		return fmt.Errorf("cannot create the journal: %w", err)
 	}
@@ -304,7 +284,7 @@ func journalContent(v *fatdriver.Volume, f *fatdriver.NewFile, alloc []fatdriver
 }
 
 // extend makes a directory longer by some clusters, under the journal's protection where there is one.
-func extend(s *side, log *journal.Log, dir *fatdriver.Node, clusters int64) error {
+func (r *run) extend(s *side, log *journal.Log, dir *fatdriver.Node, clusters int64) error {
 	plan, err := s.tree.NewExtension(dir, clusters)
 	if err != nil {
 		return err
@@ -319,41 +299,27 @@ func extend(s *side, log *journal.Log, dir *fatdriver.Node, clusters int64) erro
 		}
 	}
 	tx := plan.Begin()
-	err = tx.WriteDirs()
-	if err == nil {
-		err = tx.WriteFAT()
-	}
-	if err == nil {
-		err = tx.Flush()
-	}
-	if err == nil {
-		err = tx.ReadBack(nil)
-	}
-	for i := 0; i < len(plan.Blocks) && err == nil; i++ {
-		if log != nil && len(plan.Blocks) > 1 {
-			err = log.Advance(i, tx.Digest())
-		}
-		if err == nil {
-			err = tx.Commit(i)
-		}
-		if err == nil {
-			err = tx.Flush()
-		}
-		if err == nil {
-			err = tx.Committed(i)
-		}
-	}
-	if err == nil {
-		err = tx.Finish()
-	}
-	if err == nil && log != nil {
-		err = log.Done()
-	}
-	if err == nil {
-		err = tx.Flush()
-	}
+	err = inOrder(
+		tx.WriteDirs,
+		tx.WriteFAT,
+		// B1: the cluster must hold zeros before the directory leads to it.
+		tx.Flush,
+		func() error { return r.readBack(s, tx) },
+		func() error { return r.commitAll(s, plan, tx, log) },
+		func() error { return closeTx(tx, log) },
+	)
 	if err != nil {
 		return fmt.Errorf("cannot make directory /%s longer: %w", dir.Path(), err)
+	}
+	return nil
+}
+
+// inOrder calls the steps one after the other, and stops at the first error.
+func inOrder(steps ...func() error) error {
+	for _, step := range steps {
+		if err := step(); err != nil {
+			return err
+		}
 	}
 	return nil
 }

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"path"
+	"slices"
 	"sort"
 	"strings"
 
@@ -14,13 +15,10 @@ import (
 // defaultSelect is what is selected when nothing is said, besides what the loader entries refer to.
 var defaultSelect = []string{"loader", "EFI/Linux", "EFI/systemd", "EFI/BOOT"}
 
-// alwaysOwn is never replicated, even when it is selected by its own path: the seed must differ on each ESP, and the
-// journal is what protects the very run that would replace it. What lies below is meant as well.
-var alwaysOwn = []string{"LOADER/RANDOM-SEED", "EFI/ESPMIRROR"}
-
 // ownPatterns name what belongs to one ESP alone: it is never copied, and never deleted. They are matched against the
 // folded path; one without a slash matches a name at any depth. What is selected by its own path is not protected.
 var ownPatterns = []string{
+	untouchable[0], untouchable[1],
 	"EFI/*/FW", "EFI/UPDATECAPSULE", // firmware updates on their way
 	"EFI/MICROSOFT", "EFI/APPLE", "EFI/HP", "EFI/DELL", "EFI/LENOVO", "EFI/ASUS", // other vendors
 	"GRUBENV", "EFI/REFIND/VARS", // boot loaders' variables
@@ -28,19 +26,55 @@ var ownPatterns = []string{
 	".#*", "*.TMP", "*.DPKG-*", ".BTMP.*", // files being written
 }
 
+// untouchable are those of them that cannot be selected by name either: two ESPs with one seed would hand out the same
+// random numbers, and a journal is bound to its volume, and in use while the run lasts.
+var untouchable = []string{
+	"LOADER/RANDOM-SEED", // each ESP has its own, mixed by its own boots
+	"EFI/ESPMIRROR",      // journal and state
+}
+
 // selection is a Selection made ready for one source.
 type selection struct {
 	anchors  []string // paths as the source or the user writes them, none inside another
 	byName   map[string]bool
+	opened   []string // folded ancestors of what was selected by name that would not be replicated themselves
 	excludes []string // folded
 }
+
+// prefixes lists the path and the directories above it, topmost first; the root is not among them.
+func prefixes(k string) []string {
+	var out []string
+	for i := range len(k) {
+		if k[i] == '/' {
+			out = append(out, k[:i])
+		}
+	}
+	return append(out, k)
+}
+
+// selectPath notes a path that the user selected.
+func (s *selection) selectPath(p string) error {
+	k := fatdriver.Fold(p)
+	for _, q := range prefixes(k) {
+		if match(untouchable, q) {
+			return fmt.Errorf("%w: %q belongs to one ESP alone, and is never replicated", ErrSelection, p)
+		}
+		if q != k && match(ownPatterns, q) {
+			s.opened = append(s.opened, q)
+		}
+	}
+	s.byName[k] = true
+	return nil
+}
+
+func inside(k, dir string) bool { return strings.HasPrefix(k, dir+"/") }
 
 // cleanPath makes a user's path relative and slash-separated; "" is the root.
 func cleanPath(p string) (string, error) {
 	parts := fatdriver.SplitPath(p)
 	for _, part := range parts {
 		if part == "." || part == ".." {
-			return "", fmt.Errorf("cannot select %q: %q is not the name of a file", p, part)
+			return "", fmt.Errorf("%w: %q has the part %q, which is not the name of a file", ErrSelection, p, part)
 		}
 	}
 	return strings.Join(parts, "/"), nil
@@ -56,7 +90,7 @@ func (s Selection) resolve(src Source) (*selection, error) {
 			return nil, err
 		}
 		if _, err := path.Match(fatdriver.Fold(p), ""); err != nil || p == "" {
-			return nil, fmt.Errorf("cannot exclude %q: not a path or pattern", x)
+			return nil, fmt.Errorf("%w: cannot exclude %q: it is not a path or pattern", ErrSelection, x)
 		}
 		sel.excludes = append(sel.excludes, fatdriver.Fold(p))
 	}
@@ -67,8 +101,10 @@ func (s Selection) resolve(src Source) (*selection, error) {
 			if err != nil {
 				return nil, err
 			}
+			if err := sel.selectPath(p); err != nil {
+				return nil, err
+			}
 			want = append(want, p)
-			sel.byName[fatdriver.Fold(p)] = true
 		}
 	} else {
 		want = append(want, defaultSelect...)
@@ -93,7 +129,8 @@ func (s Selection) resolve(src Source) (*selection, error) {
 	sort.Slice(flat, func(i, j int) bool { return fatdriver.Fold(flat[i]) < fatdriver.Fold(flat[j]) })
 	found := false
 	for _, p := range flat {
-		if sel.covers(p) {
+		// An exclusion holds for all below it, also for what is selected there.
+		if sel.covers(p) || slices.ContainsFunc(prefixes(fatdriver.Fold(p)), func(q string) bool { return match(sel.excludes, q) }) {
 			continue
 		}
 		sel.anchors = append(sel.anchors, p)
@@ -130,12 +167,25 @@ func (s *selection) excluded(p string) bool {
 	if match(s.excludes, k) {
 		return true
 	}
-	for _, own := range alwaysOwn {
-		if k == own || strings.HasPrefix(k, own+"/") {
+	if s.byName[k] {
+		return false
+	}
+	for _, q := range s.opened {
+		if k != q && !inside(k, q) {
+			continue
+		}
+		below := false
+		for b := range s.byName {
+			if inside(b, k) {
+				return false // on the way to what was selected
+			}
+			below = below || inside(b, q) && inside(k, b)
+		}
+		if !below {
 			return true
 		}
 	}
-	return !s.byName[k] && match(ownPatterns, k)
+	return match(ownPatterns, k)
 }
 
 // match says whether a folded path matches one of the patterns.
@@ -183,6 +233,8 @@ func entryReferences(src Source) ([]string, error) {
 			switch {
 			case top == "EFI" && len(parts) >= 3:
 				anchor = parts[0] + "/" + parts[1]
+			case top == "EFI" && len(parts) < 2:
+				continue // that names no file, and would bring what belongs to other systems
 			case top == "EFI":
 				anchor = strings.Join(parts, "/")
 			case top == "LOADER":

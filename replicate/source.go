@@ -165,12 +165,12 @@ func (s *dirSource) read(at string, e fs.DirEntry) (*Item, error) {
 		it.Err = fmt.Errorf("cannot replicate %s: directories nest deeper than %d levels", at, maxSourceDepth)
 		return it, nil
 	}
-	d, err := s.root.Open(path.Join(".", at))
-	if err != nil {
-		return nil, err
+	entries, err := s.list(at)
+	if err != nil && e != nil && !errors.Is(err, fs.ErrNotExist) {
+		// What is not selected need not be readable: lost+found, or what belongs to somebody else.
+		it.Err = fmt.Errorf("cannot replicate %s: %w", at, err)
+		return it, nil
 	}
-	entries, err := d.ReadDir(-1)
-	d.Close()
 	if err != nil {
 		return nil, err
 	}
@@ -192,6 +192,15 @@ func (s *dirSource) read(at string, e fs.DirEntry) (*Item, error) {
 		it.Children = append(it.Children, c)
 	}
 	return it, nil
+}
+
+func (s *dirSource) list(at string) ([]fs.DirEntry, error) {
+	d, err := s.root.Open(path.Join(".", at))
+	if err != nil {
+		return nil, err
+	}
+	defer d.Close()
+	return d.ReadDir(-1)
 }
 
 func kindOf(m fs.FileMode) string {

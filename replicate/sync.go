@@ -83,6 +83,9 @@ func Sync(ctx context.Context, src Source, targets []*Target, o Options) ([]Resu
 	return results, nil
 }
 
+// maxKeepFree is more than any FAT volume has, and so little that adding what a plan needs does not overflow.
+const maxKeepFree = 1 << 56
+
 // begin checks what was asked for and makes the sides.
 func begin(src Source, targets []*Target, o Options) (*run, []Result, []*side, error) {
 	if o.Log == nil {
@@ -92,7 +95,11 @@ func begin(src Source, targets []*Target, o Options) (*run, []Result, []*side, e
 	if err != nil {
 		return nil, nil, nil, err
 	}
+	o.KeepFree = min(o.KeepFree, maxKeepFree)
 	r := &run{src: src, sel: sel, opt: o, log: o.Log, hashes: map[*Item][32]byte{}}
+	if err := r.replicable(); err != nil {
+		return nil, nil, nil, err
+	}
 	results := make([]Result, len(targets))
 	var sides []*side
 	for i, t := range targets {
@@ -101,6 +108,39 @@ func begin(src Source, targets []*Target, o Options) (*run, []Result, []*side, e
 	}
 	return r, results, sides, nil
 }
+
+// replicable finds what is selected and cannot be replicated, so that it is the source's fault and not each target's.
+func (r *run) replicable() error {
+	var find func(it *Item) error
+	find = func(it *Item) error {
+		if r.sel.excluded(it.Path) {
+			return nil
+		}
+		if it.Err != nil {
+			return refusal{fmt.Errorf("%w: %w", ErrSource, it.Err)}
+		}
+		for _, c := range it.Children {
+			if err := find(c); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	for _, a := range r.sel.anchors {
+		if it := r.src.Root().lookup(a); it != nil {
+			if err := find(it); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// refusal is an error that is ErrRefused without saying so in its message.
+type refusal struct{ error }
+
+func (r refusal) Unwrap() error        { return r.error }
+func (r refusal) Is(target error) bool { return target == ErrRefused }
 
 // each calls f for every target that has not failed, in parallel.
 func each(sides []*side, f func(*side)) {
@@ -247,7 +287,7 @@ func (r *run) makePlan(s *side) error {
 				}
 				continue
 			}
-			if err := extend(s, log, lookupNode(s.tree, need.Dir), need.More); err != nil {
+			if err := r.extend(s, log, lookupNode(s.tree, need.Dir), need.More); err != nil {
 				return err
 			}
 			if err := r.scan(s); err != nil {
@@ -649,48 +689,56 @@ func (r *run) transact(ctx context.Context, f *feed, aborted *atomic.Bool) (err 
 	}()
 
 	// E1: build. Nobody can reach what is written here.
-	if err := receive(f, tx); err != nil {
-		return err
-	}
-	if aborted.Load() {
-		return ErrStopped
-	}
-	if err := tx.WriteDirs(); err != nil {
-		return err
-	}
-	if err := tx.WriteFAT(); err != nil {
-		return err
-	}
-	// B1: the new tree must be on the medium before anything points to it.
-	if err := tx.Flush(); err != nil {
-		return err
-	}
-	if !r.opt.NoReadBack {
-		var done int64
-		if err := tx.ReadBack(func(n int64) {
-			done += n
-			r.progress(Progress{Target: s.t.Name, Phase: "read back", Done: done})
-		}); err != nil {
-			return err
-		}
-	}
-	if err := ctx.Err(); err != nil {
+	err = inOrder(
+		func() error { return receive(f, tx) },
+		func() error {
+			if aborted.Load() {
+				return ErrStopped
+			}
+			return nil
+		},
+		tx.WriteDirs,
+		tx.WriteFAT,
+		// B1: the new tree must be on the medium before anything points to it.
+		tx.Flush,
+		func() error { return r.readBack(s, tx) },
+		ctx.Err, // the last chance to stop
+	)
+	if err != nil {
 		return err
 	}
 	log, err := r.journalOf(s)
 	if err != nil {
 		return err
 	}
+	committing = true
+	if err := r.commitAll(s, s.plan, tx, log); err != nil {
+		return err
+	}
+	return closeTx(tx, log)
+}
 
-	// E2: commit. From the first write on there is no way back, only forward.
-	for i := range s.plan.Blocks {
-		if len(s.plan.Blocks) > 1 {
+// readBack compares what was built with what the medium holds, unless that was not wanted.
+func (r *run) readBack(s *side, tx *fatdriver.Tx) error {
+	if r.opt.NoReadBack {
+		return nil
+	}
+	var done int64
+	return tx.ReadBack(func(n int64) {
+		done += n
+		r.progress(Progress{Target: s.t.Name, Phase: "read back", Done: done})
+	})
+}
+
+// commitAll is E2. From the first write on there is no way back, only forward. log is nil while there is no journal yet.
+func (r *run) commitAll(s *side, plan *fatdriver.Plan, tx *fatdriver.Tx, log *journal.Log) error {
+	for i, b := range plan.Blocks {
+		if log != nil && len(plan.Blocks) > 1 {
 			// Recovery rolls forward only over content that it can check, so the record must have the digest first.
 			if err := log.Advance(i, tx.Digest()); err != nil {
 				return err
 			}
 		}
-		committing = true
 		if err := tx.Commit(i); err != nil {
 			return err
 		}
@@ -701,13 +749,13 @@ func (r *run) transact(ctx context.Context, f *feed, aborted *atomic.Bool) (err 
 		if err := tx.Committed(i); err != nil {
 			return err
 		}
-		r.log.Debug("committed", "target", s.t.Name, "entries", s.plan.Blocks[i].Paths, "offset", fmt.Sprintf("0x%x", s.plan.Blocks[i].Off))
+		r.log.Debug("committed", "target", s.t.Name, "entries", b.Paths, "offset", fmt.Sprintf("0x%x", b.Off))
 	}
-	return closeTx(s, tx, log)
+	return nil
 }
 
 // closeTx is E3 and E4: what only the old tree used becomes free, then the books are closed.
-func closeTx(s *side, tx *fatdriver.Tx, log *journal.Log) error {
+func closeTx(tx *fatdriver.Tx, log *journal.Log) error {
 	if err := tx.Free(); err != nil {
 		return err
 	}
@@ -718,8 +766,10 @@ func closeTx(s *side, tx *fatdriver.Tx, log *journal.Log) error {
 	if err := tx.Finish(); err != nil {
 		return err
 	}
-	if err := log.Done(); err != nil {
-		return err
+	if log != nil {
+		if err := log.Done(); err != nil {
+			return err
+		}
 	}
 	// B4: the run is over when this is on the medium.
 	return tx.Flush()

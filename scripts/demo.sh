@@ -4,7 +4,7 @@
 set -eu
 
 bin=$1
-out=out/demo
+out=${DEMO_OUT:-out/demo}
 go=${GO:-go}
 rm -rf "$out"
 mkdir -p "$out"

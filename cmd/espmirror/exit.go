@@ -113,7 +113,7 @@ func exitCode(err error) int {
 		return exitDone
 	case errors.Is(err, context.Canceled):
 		return exitInterrupt
-	case errors.As(err, &usage):
+	case errors.As(err, &usage), errors.Is(err, replicate.ErrSelection):
 		return exitUsage
 	case errors.As(err, &targets):
 		return targets.exitCode()

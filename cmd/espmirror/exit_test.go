@@ -30,6 +30,7 @@ func TestExitCode(t *testing.T) {
 		"needs recovery":           {pending, 5},
 		"refused":                  {refused, 6},
 		"refused by the command":   {refusef("cannot sync b.img: %w", fatdriver.ErrNotFAT), 6},
+		"wrong selection":          {wrap(replicate.ErrSelection), 64},
 		"empty selection":          {wrap(replicate.ErrEmptySelection), 6},
 		"busy":                     {wrap(&blockdev.BusyError{By: []string{"mounted on /efi"}}), 6},
 		"read-only":                {wrap(blockdev.ErrReadOnly), 6},

@@ -1,0 +1,34 @@
+// Package scripts holds the test of the demonstration, which is what a newcomer runs first.
+package scripts
+
+import (
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+func TestDemo(t *testing.T) {
+	if testing.Short() {
+		t.Skip("skipped: demonstration: it builds three programs")
+	}
+	dir := t.TempDir()
+	bin := filepath.Join(dir, "espmirror")
+	build := exec.Command("go", "build", "-o", bin, "espmirror/cmd/espmirror")
+	build.Env = append(build.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("cannot build: %s", out)
+	}
+	cmd := exec.Command("scripts/demo.sh", bin)
+	cmd.Dir = ".."
+	cmd.Env = append(cmd.Environ(), "DEMO_OUT="+filepath.Join(dir, "demo"))
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	for _, want := range []string{"needs recovery", "rolled forward", "old and new side by side", "all that 2 loader entries name is there"} {
+		if !strings.Contains(string(out), want) {
+			t.Errorf("%q is missing in\n%s", want, out)
+		}
+	}
+}
