@@ -85,7 +85,7 @@ type Block struct {
 type NewFile struct {
 	Want *Want
 	Runs []Run
-	sum  [32]byte // SHA-256 of its clusters as written, padding included
+	sum  checksum // of its clusters as written, padding included
 }
 
 // dirImage is a directory that a transaction writes.
@@ -109,7 +109,7 @@ type Plan struct {
 	freeRuns  []Run
 	chains    []segment
 	freeTotal int64                // clusters free before
-	gone      map[Cluster][32]byte // of directories that are replaced, where several commits do it
+	gone      map[Cluster]checksum // of directories that are replaced, where several commits do it
 	slotEdits map[int64][]int64    // sector offset → byte offsets of slots that a block may change
 }
 
@@ -758,7 +758,7 @@ func (pl *planner) finish() (*Plan, error) {
 	sort.Slice(p.chains, func(i, j int) bool { return p.chains[i].First < p.chains[j].First })
 	if len(p.Blocks) > 1 {
 		// Whoever rolls forward must know that nobody has changed what is replaced, besides what replaces it.
-		p.gone = map[Cluster][32]byte{}
+		p.gone = map[Cluster]checksum{}
 		buf := make([]byte, pageSize)
 		for _, n := range pl.gone {
 			sum, err := pl.t.vol.hashRuns(n.Runs, buf, nil)

@@ -6,7 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"hash"
+	"hash/crc32"
 	"slices"
 )
 
@@ -79,12 +79,12 @@ type FileWriter struct {
 	run  int
 	at   int64 // byte position in the run
 	left int64
-	h    hash.Hash
+	h    summer
 }
 
 // File begins the content of a file of the plan. One file is written at a time.
 func (tx *Tx) File(f *NewFile) *FileWriter {
-	return &FileWriter{tx: tx, f: f, left: f.Want.Size, h: sha256.New()}
+	return &FileWriter{tx: tx, f: f, left: f.Want.Size}
 }
 
 // Write implements io.Writer.
@@ -98,7 +98,7 @@ func (w *FileWriter) Write(p []byte) (int, error) {
 
 // raw writes bytes into the clusters of the file, and remembers them for reading back.
 func (w *FileWriter) raw(p []byte) error {
-	w.h.Write(p)
+	w.h.add(p)
 	g := &w.tx.v.geo
 	for len(p) > 0 {
 		r := w.f.Runs[w.run]
@@ -125,7 +125,7 @@ func (w *FileWriter) Close() error {
 			return err
 		}
 	}
-	w.h.Sum(w.f.sum[:0])
+	w.f.sum = w.h.sum()
 	return nil
 }
 
@@ -198,7 +198,7 @@ func (tx *Tx) ReadBack(progress func(bytes int64)) error {
 		if err != nil {
 			return err
 		}
-		if sum != sha256.Sum256(d.image) {
+		if sum != sumOf(d.image) {
 			return fmt.Errorf("%w: directory %s reads back with other content from offset 0x%x", ErrChanged, d.path, g.ClusterOff(firstOf(d.runs)))
 		}
 	}
@@ -234,25 +234,47 @@ func (tx *Tx) ReadBack(progress func(bytes int64)) error {
 	return nil
 }
 
-// hashRuns hashes the clusters of runs.
-func (v *Volume) hashRuns(runs []Run, buf []byte, progress func(int64)) (sum [32]byte, err error) {
-	h := sha256.New()
+// hashRuns works out the checksum of the clusters of runs.
+func (v *Volume) hashRuns(runs []Run, buf []byte, progress func(int64)) (checksum, error) {
+	var h summer
 	for _, r := range runs {
 		off, n := v.geo.ClusterOff(r.First), int64(r.Count)*int64(v.geo.ClusterSize)
 		for n > 0 {
 			k := min(n, int64(len(buf)))
 			if _, err := v.dev.ReadAt(buf[:k], off); err != nil {
-				return sum, fmt.Errorf("cannot read back at offset 0x%x: %w", off, err)
+				return 0, fmt.Errorf("cannot read back at offset 0x%x: %w", off, err)
 			}
-			h.Write(buf[:k])
+			h.add(buf[:k])
 			off, n = off+k, n-k
 			if progress != nil {
 				progress(k)
 			}
 		}
 	}
-	h.Sum(sum[:0])
-	return sum, nil
+	return h.sum(), nil
+}
+
+// checksum is what tells content apart here: CRC-32C and CRC-32 of the same bytes, one in each half. It finds accidents, a
+// device that lies or another system that writes, and no adversary, who could rewrite the journal as well. SHA-256 takes
+// longer than the writing itself.
+type checksum uint64
+
+var castagnoli = crc32.MakeTable(crc32.Castagnoli)
+
+// summer works out a checksum piece by piece.
+type summer struct{ c, i uint32 }
+
+func (s *summer) add(p []byte) {
+	s.c = crc32.Update(s.c, castagnoli, p)
+	s.i = crc32.Update(s.i, crc32.IEEETable, p)
+}
+
+func (s *summer) sum() checksum { return checksum(s.c)<<32 | checksum(s.i) }
+
+func sumOf(b []byte) checksum {
+	var s summer
+	s.add(b)
+	return s.sum()
 }
 
 // expect compares the sector of block i on the medium.
@@ -311,11 +333,11 @@ func (p *Plan) Alloc() []Run { return p.allocRuns }
 func (p *Plan) Freed() []Run { return p.freeRuns }
 
 // objects are the new directories and files, and the directories that they replace, by ascending first cluster, with the
-// hashes of their clusters.
-func (tx *Tx) objects() (firsts []Cluster, sums map[Cluster][32]byte) {
-	sums = map[Cluster][32]byte{}
+// checksums of their clusters.
+func (tx *Tx) objects() (firsts []Cluster, sums map[Cluster]checksum) {
+	sums = map[Cluster]checksum{}
 	for _, d := range tx.p.dirs {
-		sums[firstOf(d.runs)] = sha256.Sum256(d.image)
+		sums[firstOf(d.runs)] = sumOf(d.image)
 	}
 	for _, f := range tx.p.Files {
 		if len(f.Runs) > 0 {
@@ -343,15 +365,14 @@ func (p *Plan) Objects() []Run {
 	return runs
 }
 
-// Digest is a hash over the content of all new directories and files, once they are written, and over that of the
-// directories that they replace, which stay as they are until the last commit. DigestOf works out the
+// Digest is a hash over the checksums of all new directories and files, once they are written, and of the directories
+// that they replace, which stay as they are until the last commit. DigestOf works out the
 // same from the medium alone.
 func (tx *Tx) Digest() [32]byte {
 	h := sha256.New()
 	firsts, sums := tx.objects()
 	for _, c := range firsts {
-		sum := sums[c]
-		h.Write(sum[:])
+		h.Write(binary.LittleEndian.AppendUint64(nil, uint64(sums[c])))
 	}
 	var sum [32]byte
 	h.Sum(sum[:0])
@@ -375,7 +396,7 @@ func (v *Volume) DigestOf(objects []Run) ([32]byte, error) {
 			if err != nil {
 				return sum, err
 			}
-			h.Write(one[:])
+			h.Write(binary.LittleEndian.AppendUint64(nil, uint64(one)))
 		}
 	}
 	h.Sum(sum[:0])

@@ -299,7 +299,8 @@ func (r *run) makePlan(s *side) error {
 		}
 		if len(plan.Blocks) == 0 {
 			s.res.Outcome = InSync
-			s.res.Summary = Summary{FreeBytes: plan.FreeBefore() * s.cluster(), FreeAfter: plan.FreeBefore() * s.cluster()}
+			n := s.count.Counts() // of recovery, if there was any
+			s.res.Summary = Summary{BytesToWrite: n.BytesWritten, Flushes: int(n.Flushes), FreeBytes: plan.FreeBefore() * s.cluster(), FreeAfter: plan.FreeBefore() * s.cluster()}
 			return nil
 		}
 		log, err := r.journalOf(s)

@@ -57,7 +57,7 @@ say espmirror ls secondary.img loader/entries
 
 title "Another kernel update; the power fails in the third run"
 espmirror sync -q --primary generation3 --target primary.img
-say powercut -at commit -commit 2 -seed 3 primary.img secondary.img
+say powercut -at commit -commit 2 -seed 1 primary.img secondary.img
 
 title "What firmware would find on the secondary now, nothing repaired yet"
 espmirror extract -q --to found secondary.img

@@ -26,7 +26,7 @@ func TestDemo(t *testing.T) {
 	if err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
-	for _, want := range []string{"needs recovery", "rolled forward", "old and new side by side", "all that 2 loader entries name is there"} {
+	for _, want := range []string{"files, old\n", "files, new\n", "needs recovery", "rolled forward", "all that 2 loader entries name is there"} {
 		if !strings.Contains(string(out), want) {
 			t.Errorf("%q is missing in\n%s", want, out)
 		}

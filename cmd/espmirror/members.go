@@ -31,6 +31,7 @@ type members struct {
 	primary *member
 	targets []*member
 	locks   *blockdev.DiskLocks
+	dry     bool // nothing is written: what recovery would do has not been done
 }
 
 // member is one volume of the set.
@@ -398,9 +399,19 @@ func (m *members) outcomes(results []replicate.Result, runErr error) []*outcome 
 				}
 			}
 		}
+		if m.dry && o.err == nil && o.result != nil && o.result.Outcome == replicate.InSync && unrecovered(o.result.Recovered) {
+			o.err = recoverHint(fmt.Errorf("cannot call %s in sync: %w", t.name, replicate.ErrNeedsRecovery), t.name)
+		}
 		all = append(all, o)
 	}
 	return all
+}
+
+// unrecovered says whether a dry run found something for recovery to do that fsck would find too. A free count that is
+// out of date is no reason for alarm: firmware and other systems leave it behind.
+func unrecovered(r *replicate.Recovery) bool {
+	countOnly := r != nil && r.Action == "finished" && r.FSInfoFixed && r.FreedClusters == 0 && r.FATsMended == 0
+	return r.Changed() && !countOnly
 }
 
 // prefixed names the volume in an error that does not name it yet.

@@ -116,6 +116,11 @@ func (inv *invocation) examine(role string, v *volume) (*statusVolume, error) {
 	if err := tree.Damage(); err != nil {
 		return s, withHint(wrap(err), "run `espmirror check %s` to see all of it", v.name)
 	}
+	if role == "target" {
+		if err := v.fat.TargetError(); err != nil {
+			return s, wrap(err)
+		}
+	}
 	pending, err := inv.engine.pending(v.target())
 	if err != nil {
 		return s, wrap(err)
@@ -132,6 +137,7 @@ func (inv *invocation) statusOfSet(rep *statusReport) (report, error) {
 	if err != nil {
 		return nil, err
 	}
+	m.dry = true
 	defer m.close()
 	src, srcErr := m.source()
 	if srcErr == nil {

@@ -48,6 +48,7 @@ func (inv *invocation) sync() (report, error) {
 	if err != nil {
 		return nil, err
 	}
+	m.dry = dryRun
 	return inv.replicate(m, o, inv.engine.sync, !o.DryRun)
 }
 

@@ -244,6 +244,10 @@ func TestInterruptedRun(t *testing.T) {
 			check.has("hint: run `espmirror recover b.img`")
 			status.want(exitRecover).json("status")
 			dry.want(exitRecover).has("not done")
+			// What is selected here is as it should be, and still there is something to do.
+			if !strings.Contains(dry.stdout, "count of free clusters") || strings.Contains(dry.stdout, "rolled back") {
+				b.run("sync", "-n", "--select", "EFI/BOOT", "--primary", "a.img", "--target", "b.img").want(exitRecover).has("recover b.img")
+			}
 		default:
 			t.Fatalf("cut at write %d: check exits with %d\n%s%s", n, check.code, check.stdout, check.stderr)
 		}
@@ -256,6 +260,35 @@ func TestInterruptedRun(t *testing.T) {
 	if pending == 0 {
 		t.Error("no cut left anything to recover")
 	}
+}
+
+// TestUnsoundTarget has targets whose selected content is right, and which are not: no command calls them in sync or ok.
+func TestUnsoundTarget(t *testing.T) {
+	b := newBench(t)
+	volumes(t)
+	set := []string{"--primary", "a.img", "--target", "b.img"}
+	b.writes = true
+	b.run(append([]string{"sync", "-q"}, set...)...).want(0)
+	sound, err := os.ReadFile("b.img")
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.writes = false
+	patch(t, "b.img", "b.img", func(d []byte) { d[fat2(d)+300] ^= 0x55 })
+	b.run(append([]string{"sync", "-n"}, set...)...).want(exitRecover).has("needs recovery", "recover b.img")
+	b.run(append([]string{"status", "--json=short"}, set...)...).want(exitRecover).has("needs recovery").json("status")
+	b.run("recover", "-n", "b.img").want(exitRecover)
+	b.writes = true
+	doc := b.run(append([]string{"sync", "--json=short"}, set...)...).want(0).json("run")
+	if n := doc["targets"].([]any)[0].(map[string]any)["summary"].(map[string]any)["bytes_to_write"]; n == float64(0) {
+		t.Error("what recovery wrote is not told")
+	}
+	if err := os.WriteFile("b.img", sound[:len(sound)-4096], 0o644); err != nil {
+		t.Fatal(err)
+	}
+	b.writes = false
+	b.run("status", "--target", "b.img").want(exitRefused).has("the volume claims")
+	b.run(append([]string{"status"}, set...)...).want(exitRefused).has("the volume claims")
 }
 
 // TestResults gives the command results that no image can have.
