@@ -33,13 +33,19 @@ func newAllocator(v *Volume) (*allocator, error) {
 		}
 	}
 	a.total = a.left
+	a.setFree(a.free)
+	return a, nil
+}
+
+// setFree makes the allocator hand out no other clusters than these.
+func (a *allocator) setFree(runs []Run) {
+	a.free, a.left, a.longest, a.at = runs, clustersIn(runs), 0, 0
 	for i, r := range a.free {
 		// New files begin in the longest free run: contiguous, and mostly in FAT sectors that hold no live entry.
 		if r.Count > a.longest {
 			a.longest, a.at = r.Count, i
 		}
 	}
-	return a, nil
 }
 
 // cut takes n clusters from the front of free run i.

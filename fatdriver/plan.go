@@ -65,6 +65,7 @@ type Step []Anchor
 // that, and for everything else, are free.
 type ErrNeedSlots struct {
 	Dir  *Node
+	More int64 // clusters that Dir lacks
 	Need int64 // clusters for the whole plan, those for directories that grow included
 	Free int64 // clusters
 }
@@ -107,8 +108,9 @@ type Plan struct {
 	allocRuns []Run
 	freeRuns  []Run
 	chains    []segment
-	freeTotal int64             // clusters free before
-	slotEdits map[int64][]int64 // sector offset → byte offsets of slots that a block may change
+	freeTotal int64                // clusters free before
+	gone      map[Cluster]checksum // of directories that are replaced, where several commits do it
+	slotEdits map[int64][]int64    // sector offset → byte offsets of slots that a block may change
 }
 
 // segment is a part of a chain to be entered into the FAT: Run.First … with links to the next cluster, the last one
@@ -128,6 +130,7 @@ type planner struct {
 	old   bitmap             // clusters of everything that anchors replace
 	keep  bitmap             // clusters of what the final state has of that
 	added map[*Node][]*Entry // entries inserted into a parent by this plan
+	gone  []*Node            // directories that anchors replace
 	need  *ErrNeedSlots      // set when a parent must grow first: the rest is planned for its need of space alone
 }
 
@@ -318,6 +321,9 @@ func differs(w *Want) bool {
 // collect enters the clusters of a node and of everything below it into b.
 func (pl *planner) collect(n *Node, b bitmap) {
 	b.setRuns(n.Runs)
+	if n.IsDir() {
+		pl.gone = append(pl.gone, n)
+	}
 	for _, c := range n.Children {
 		pl.collect(c, b)
 	}
@@ -686,6 +692,9 @@ func (pl *planner) insert(parent *Node, group []byte) error {
 		for ; end+k > total; total = len(raw) / slotSize {
 			raw = append(raw, make([]byte, cs)...)
 			pl.a.asked++
+			if parent == pl.need.Dir {
+				pl.need.More++
+			}
 		}
 		pl.raw[parent] = raw
 	}
@@ -747,6 +756,18 @@ func (pl *planner) finish() (*Plan, error) {
 	sort.Slice(p.Files, func(i, j int) bool { return firstOf(p.Files[i].Runs) < firstOf(p.Files[j].Runs) })
 	sort.Slice(p.dirs, func(i, j int) bool { return firstOf(p.dirs[i].runs) < firstOf(p.dirs[j].runs) })
 	sort.Slice(p.chains, func(i, j int) bool { return p.chains[i].First < p.chains[j].First })
+	if len(p.Blocks) > 1 {
+		// Whoever rolls forward must know that nobody has changed what is replaced, besides what replaces it.
+		p.gone = map[Cluster]checksum{}
+		buf := make([]byte, pageSize)
+		for _, n := range pl.gone {
+			sum, err := pl.t.vol.hashRuns(n.Runs, buf, nil)
+			if err != nil {
+				return nil, err
+			}
+			p.gone[firstOf(n.Runs)] = sum
+		}
+	}
 	if err := p.assert(); err != nil {
 		return nil, err
 	}

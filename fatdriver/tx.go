@@ -335,7 +335,8 @@ func (p *Plan) Alloc() []Run { return p.allocRuns }
 // Freed lists the clusters that the plan frees after the last commit, ascending. The result must not be changed.
 func (p *Plan) Freed() []Run { return p.freeRuns }
 
-// objects are the new directories and files by ascending first cluster, with the hashes of their clusters.
+// objects are the new directories and files, and the directories that they replace, by ascending first cluster, with the
+// checksums of their clusters.
 func (tx *Tx) objects() (firsts []Cluster, sums map[Cluster]checksum) {
 	sums = map[Cluster]checksum{}
 	for _, d := range tx.p.dirs {
@@ -346,6 +347,9 @@ func (tx *Tx) objects() (firsts []Cluster, sums map[Cluster]checksum) {
 			sums[firstOf(f.Runs)] = f.sum
 		}
 	}
+	for c, sum := range tx.p.gone {
+		sums[c] = sum
+	}
 	for c := range sums {
 		firsts = append(firsts, c)
 	}
@@ -353,7 +357,8 @@ func (tx *Tx) objects() (firsts []Cluster, sums map[Cluster]checksum) {
 	return firsts, sums
 }
 
-// Objects lists the first clusters of the new directories and files as ascending runs: what Digest is made of.
+// Objects lists the first clusters of the new directories and files, and of the directories that they replace, as
+// ascending runs: what Digest is made of.
 func (p *Plan) Objects() []Run {
 	firsts, _ := p.Begin().objects()
 	var runs []Run
@@ -363,7 +368,8 @@ func (p *Plan) Objects() []Run {
 	return runs
 }
 
-// Digest is a hash over the checksums of all new directories and files, once they are written. DigestOf works out the
+// Digest is a hash over the checksums of all new directories and files, once they are written, and of the directories
+// that they replace, which stay as they are until the last commit. DigestOf works out the
 // same from the medium alone.
 func (tx *Tx) Digest() [32]byte {
 	h := sha256.New()

@@ -223,7 +223,7 @@ func (r *run) createJournal(s *side) error {
 	plan, err := planJournal(s)
 	var need *fatdriver.ErrNeedSlots
 	if errors.As(err, &need) {
-		if err := r.extend(s, nil, need.Dir); err != nil {
+		if err := r.extend(s, nil, need.Dir, need.More); err != nil {
 			return err
 		}
 		return r.scan(s)
@@ -283,9 +283,9 @@ func journalContent(v *fatdriver.Volume, f *fatdriver.NewFile, alloc []fatdriver
 	return content, nil
 }
 
-// extend makes a directory longer by a cluster, under the journal's protection where there is one.
-func (r *run) extend(s *side, log *journal.Log, dir *fatdriver.Node) error {
-	plan, err := s.tree.NewExtension(dir)
+// extend makes a directory longer by some clusters, under the journal's protection where there is one.
+func (r *run) extend(s *side, log *journal.Log, dir *fatdriver.Node, clusters int64) error {
+	plan, err := s.tree.NewExtension(dir, clusters)
 	if err != nil {
 		return err
 	}

@@ -84,6 +84,7 @@ func recoverVolume(v *fatdriver.Volume, log *slog.Logger, reclaim bool) (*Recove
 		return rec, err
 	}
 	jl, _, _, jerr := findJournal(v, tree)
+	home := jl != nil
 	lost, err := tree.Lost()
 	if err != nil {
 		return rec, err
@@ -179,7 +180,7 @@ func recoverVolume(v *fatdriver.Volume, log *slog.Logger, reclaim bool) (*Recove
 		switch {
 		case reclaim:
 			sets = append(sets, lost)
-		case jl == nil:
+		case jl == nil || !home:
 			stamped, err := stampedClusters(v, lost)
 			if err != nil {
 				return rec, err
@@ -284,7 +285,7 @@ func decide(v *fatdriver.Volume, tree *fatdriver.Tree, jl *journal.Log, rec *jou
 	}
 	sum, err := v.DigestOf(volumeRuns(rec.Base))
 	if err != nil || sum != st.Digest {
-		reason := "the new files are no longer what the record says"
+		reason := "the new files, or the directories that they replace, are no longer what the record says"
 		if err != nil {
 			reason += ": " + err.Error()
 		}

@@ -212,7 +212,7 @@ func TestRootFull(t *testing.T) {
 // TestGrow makes directories grow that keep their place: the root of a FAT32 volume, and EFI, with and without a
 // journal, with the new cluster in the FAT sector of the old one and elsewhere; and cuts the power in it.
 func TestGrow(t *testing.T) {
-	limit, random, gs := 40, 3, []geometry{geometries[0], geometries[4]}
+	limit, random, gs := 25, 2, []geometry{geometries[0], geometries[4]}
 	if long() {
 		limit, random, gs = 20_000, 1000, []geometry{geometries[0], geometries[2], geometries[4], geometries[5]}
 	}
@@ -227,6 +227,7 @@ func TestGrow(t *testing.T) {
 						t.Run(fmt.Sprintf("%s/%s/journal %v/far %v/%d", g.name, dir, journal, far, slack), func(t *testing.T) {
 							t.Parallel()
 							m := newVolume(t, g)
+							wide := map[string]string{}
 							sel := []string{"loader", "EFI/new directory with a long name", "EFI/Linux", "file with a long name in the root"}
 							if g.typ != fatdriver.FAT32 {
 								sel = sel[:3]
@@ -262,7 +263,16 @@ func TestGrow(t *testing.T) {
 							if far {
 								fillFATSector(t, m)
 							}
+							if slack == 1 {
+								// More than one cluster at once.
+								for i := range 3 {
+									p := fmt.Sprintf("EFI/%d%s", i, strings.Repeat("n", 150))
+									o.Selection.Select = append(o.Selection.Select, p)
+									wide[p+"/w"] = "w"
+								}
+							}
 							files := map[string]string{"loader/x": "2", "EFI/new directory with a long name/y": "3", "EFI/Linux/z": strings.Repeat("z", 900)}
+							maps.Copy(files, wide)
 							if g.typ == fatdriver.FAT32 {
 								files["file with a long name in the root"] = "4"
 							}
@@ -313,6 +323,39 @@ func fillFATSector(t testing.TB, m *blockdev.Mem) {
 	if g.Type == fatdriver.FAT32 {
 		if _, err := v.MendFSInfo(); err != nil {
 			t.Fatal(err)
+		}
+	}
+}
+
+// TestManyAnchors selects a root full of files: each entry is a switch of its own, and they lie in many sectors.
+func TestManyAnchors(t *testing.T) {
+	for _, g := range []geometry{geometries[2], geometries[4]} {
+		for _, n := range []int{50, 120, 400} {
+			if g.typ != fatdriver.FAT32 && n > 120 {
+				continue
+			}
+			t.Run(fmt.Sprintf("%s/%d", g.name, n), func(t *testing.T) {
+				t.Parallel()
+				m := newVolume(t, g)
+				o := Options{Selection: Selection{Select: []string{""}}}
+				for round := range 3 {
+					files := map[string]string{"EFI/BOOT/BOOTX64.EFI": "MZ"}
+					for i := range n {
+						files[fmt.Sprintf("file number %d.txt", i+round*n/4)] = fmt.Sprint(round, i)
+					}
+					before := bytes.Clone(m.Bytes())
+					res := syncMem(t, newMemSource(files), m, o)
+					if res.Outcome == Refused && errors.Is(res.Err, ErrRefused) && bytes.Equal(before, m.Bytes()) {
+						t.Logf("refused: %v", res.Err)
+						return
+					}
+					if res.Outcome != Synced {
+						t.Fatal(res.Outcome, res.Err, bytes.Equal(before, m.Bytes()))
+					}
+					judge(t, m, g.fats, files)
+					fsck(t, m)
+				}
+			})
 		}
 	}
 }

@@ -106,7 +106,7 @@ func readTree(t *testing.T, b []byte) (*fixtures.Tree, error) {
 // then a sync does its work.
 func TestStaleJournal(t *testing.T) {
 	fixtures.Need(t, "mcopy", "mdel", "mren", "mattrib", "mlabel")
-	samples := 4
+	samples := 3
 	if testing.Short() {
 		samples = 2
 	}

@@ -287,7 +287,7 @@ func (r *run) makePlan(s *side) error {
 				}
 				continue
 			}
-			if err := r.extend(s, log, lookupNode(s.tree, need.Dir)); err != nil {
+			if err := r.extend(s, log, lookupNode(s.tree, need.Dir), need.More); err != nil {
 				return err
 			}
 			if err := r.scan(s); err != nil {
