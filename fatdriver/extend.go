@@ -72,10 +72,11 @@ func (t *Tree) NewExtension(dir *Node, clusters int64) (*Plan, error) {
 		next = runs[0].First
 	}
 	p := &Plan{
-		tree: t, freeTotal: a.total, alloc: newBitmap(g), free: newBitmap(g), allocRuns: runs,
+		tree: t, freeTotal: a.total, alloc: newBitmap(g), free: newBitmap(g),
 		dirs: []*dirImage{{runs, make([]byte, clusters*int64(g.ClusterSize)), dir.Path()}},
 	}
 	p.alloc.setRuns(runs)
+	p.allocRuns = p.alloc.runs() // ascending, which the chain need not be
 	linked := clusters > 1 || sector(next) != sector(tail)
 	if linked {
 		p.addChain(runs)
