@@ -83,7 +83,7 @@ func TestCheckFindings(t *testing.T) {
 		{"one", nil, func(d *sparseDev, v *Volume) { entry(d, v, 1500, 1) },
 			[]want{{Warning, "cluster 1500: its FAT entry is 0x1,"}, {Warning, "lost"}, freeWrong}},
 		{"out of range", nil, func(d *sparseDev, v *Volume) { entry(d, v, 1500, uint32(v.geo.MaxCluster())+1) },
-			[]want{{Warning, fmt.Sprintf("cluster 1500: its FAT entry is 0x")}, {Warning, "lost"}, freeWrong}},
+			[]want{{Warning, "cluster 1500: its FAT entry is 0x"}, {Warning, "lost"}, freeWrong}},
 		{"out of range in a file", nil, func(d *sparseDev, v *Volume) { entry(d, v, mustFirst(t, v, "a.txt"), 1) },
 			[]want{{Damage, "/a.txt: cluster 1 is outside"}, {Damage, "its FAT entry is 0x1,"}, {Warning, "lost"}}},
 		{"many out of range", nil, func(d *sparseDev, v *Volume) {

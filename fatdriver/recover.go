@@ -149,10 +149,11 @@ func (v *Volume) FreeClusters() (int64, error) {
 	return n, nil
 }
 
-// MendFSInfo writes the true free count where FSInfo says something else, and says whether it did. It does not flush.
-func (v *Volume) MendFSInfo() (bool, error) {
+// MendFSInfo writes the true free count where FSInfo says something else, or, with onlyUnknown, where it says nothing. It
+// says whether it did, and does not flush.
+func (v *Volume) MendFSInfo(onlyUnknown bool) (bool, error) {
 	b, err := v.fsinfo()
-	if err != nil || b == nil {
+	if err != nil || b == nil || onlyUnknown && binary.LittleEndian.Uint32(b[fsiFree:]) != fsiUnknown {
 		return false, err
 	}
 	n, err := v.FreeClusters()

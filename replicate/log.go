@@ -141,24 +141,22 @@ func journalSize(g fatdriver.Geometry) int64 {
 }
 
 // journalAnchor wants the journal file, with the directories that are missing above it.
-func journalAnchor(tree *fatdriver.Tree, size int64, contiguous bool) (fatdriver.Anchor, *fatdriver.Want) {
+func journalAnchor(tree *fatdriver.Tree, size int64, contiguous bool) fatdriver.Anchor {
 	file := &fatdriver.Want{
 		Name: "journal", Size: size, Contiguous: contiguous,
 		Meta: fatdriver.Meta{Attr: fatdriver.AttrReadOnly | fatdriver.AttrHidden | fatdriver.AttrSystem},
 	}
-	top := file
+	own := &fatdriver.Want{Name: "espmirror", Dir: true, Children: []*fatdriver.Want{file}}
 	parent := tree.Root
 	if efi := childNode(parent, "EFI"); efi != nil && efi.IsDir() {
 		parent = efi
-		if own := childNode(efi, "espmirror"); own != nil && own.IsDir() {
-			return fatdriver.Anchor{Parent: own, Old: childNode(own, "journal"), New: file}, file
+		if dir := childNode(efi, "espmirror"); dir != nil && dir.IsDir() {
+			return fatdriver.Anchor{Parent: dir, Old: childNode(dir, "journal"), New: file}
 		}
 	} else {
-		top = &fatdriver.Want{Name: "espmirror", Dir: true, Children: []*fatdriver.Want{file}}
-		return fatdriver.Anchor{Parent: parent, Old: efi, New: &fatdriver.Want{Name: "EFI", Dir: true, Children: []*fatdriver.Want{top}}}, file
+		return fatdriver.Anchor{Parent: parent, Old: efi, New: &fatdriver.Want{Name: "EFI", Dir: true, Children: []*fatdriver.Want{own}}}
 	}
-	top = &fatdriver.Want{Name: "espmirror", Dir: true, Children: []*fatdriver.Want{file}}
-	return fatdriver.Anchor{Parent: parent, Old: childNode(parent, "espmirror"), New: top}, file
+	return fatdriver.Anchor{Parent: parent, Old: childNode(parent, "espmirror"), New: own}
 }
 
 // planJournal plans the creation of the journal, in one run of clusters where there is one long enough.
@@ -167,7 +165,7 @@ func planJournal(s *side) (*fatdriver.Plan, error) {
 	var plan *fatdriver.Plan
 	var err error
 	for _, contiguous := range []bool{true, false} {
-		an, _ := journalAnchor(s.tree, size, contiguous)
+		an := journalAnchor(s.tree, size, contiguous)
 		if an.Old != nil && an.New.Dir {
 			return nil, fmt.Errorf("%w: %s is a file, and the journal needs a directory there", ErrRefused, an.Old.Path())
 		}
@@ -180,8 +178,9 @@ func planJournal(s *side) (*fatdriver.Plan, error) {
 
 // journalNeed is the number of clusters that the creation of the journal takes, beside those of a plan for points.
 func journalNeed(s *side, points []switchPoint) int64 {
-	an, file := journalAnchor(s.tree, journalSize(s.vol.Geometry()), false)
-	n := file.Size / s.cluster()
+	size := journalSize(s.vol.Geometry())
+	an := journalAnchor(s.tree, size, false)
+	n := size / s.cluster()
 	for w := an.New; w.Dir; w = w.Children[0] {
 		n++
 	}

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"espmirror/blockdev"
+	"espmirror/fatdriver"
 )
 
 // refuses syncs and wants a refusal with the words, and no byte written.
@@ -223,4 +224,35 @@ func TestUnfitSource(t *testing.T) {
 	if err != nil || res[0].Outcome != Synced || res[1].Outcome != Synced {
 		t.Errorf("%v %v", res, err)
 	}
+}
+
+// TestWrongFreeCount leaves a free count that another system got wrong alone until there is something to write.
+func TestWrongFreeCount(t *testing.T) {
+	g := geometries[4]
+	m := newVolume(t, g)
+	files := map[string]string{"EFI/BOOT/BOOTX64.EFI": "MZ"}
+	o := Options{Selection: testSelect}
+	if res := syncMem(t, newMemSource(files), m, o); res.Err != nil {
+		t.Fatal(res.Err)
+	}
+	v, err := fatdriver.Open(m)
+	if err != nil {
+		t.Fatal(err)
+	}
+	geo := v.Geometry()
+	m.Bytes()[geo.FSInfoOff+488] ^= 0x55
+	dev := blockdev.NewCounting(m)
+	if res := syncMem(t, newMemSource(files), dev, o); res.Outcome != InSync || dev.Counts().Writes != 0 {
+		t.Fatalf("%v %v, %d writes", res.Outcome, res.Err, dev.Counts().Writes)
+	}
+	files["EFI/BOOT/BOOTX64.EFI"] = "MZ new"
+	if res := syncMem(t, newMemSource(files), m, o); res.Err != nil {
+		t.Fatal(res.Err)
+	}
+	judge(t, m, g.fats, files)
+	m.Bytes()[geo.FSInfoOff+488] ^= 0x55
+	if rec, err := Recover(context.Background(), &Target{Name: "t", Dev: m}, RecoverOptions{}); err != nil || !rec.FSInfoFixed {
+		t.Fatal(rec, err)
+	}
+	judge(t, m, g.fats, files)
 }

@@ -45,7 +45,7 @@ func Recover(ctx context.Context, t *Target, o RecoverOptions) (*Recovery, error
 	if err != nil {
 		return nil, fmt.Errorf("cannot recover %s: %w", t.Name, err)
 	}
-	rec, err := recoverVolume(v, o.Log.With("target", t.Name), o.Reclaim)
+	rec, err := recoverVolume(v, o.Log.With("target", t.Name), thorough{reclaim: o.Reclaim, count: true})
 	if err != nil {
 		return rec, fmt.Errorf("cannot recover %s: %w", t.Name, err)
 	}
@@ -72,8 +72,14 @@ func Pending(t *Target) (bool, error) {
 	return log != nil && log.Status().State != journal.Idle, nil
 }
 
+// thorough is what a recovery does besides finishing what an interrupted run of ours left.
+type thorough struct {
+	reclaim bool // free every lost cluster
+	count   bool // correct a free count that somebody else got wrong; a sync with nothing to do writes nothing for that
+}
+
 // recoverVolume is R1 to R6. The volume was opened with its caches dropped.
-func recoverVolume(v *fatdriver.Volume, log *slog.Logger, reclaim bool) (*Recovery, error) {
+func recoverVolume(v *fatdriver.Volume, log *slog.Logger, more thorough) (*Recovery, error) {
 	rec := &Recovery{Action: actNothing}
 	if err := v.Refresh(); err != nil {
 		return rec, err
@@ -178,7 +184,7 @@ func recoverVolume(v *fatdriver.Volume, log *slog.Logger, reclaim bool) (*Recove
 	}
 	if len(lost) > 0 {
 		switch {
-		case reclaim:
+		case more.reclaim:
 			sets = append(sets, lost)
 		case jl == nil || !home:
 			stamped, err := stampedClusters(v, lost)
@@ -201,8 +207,9 @@ func recoverVolume(v *fatdriver.Volume, log *slog.Logger, reclaim bool) (*Recove
 			}
 		}
 	}
-	// R4.
-	if rec.FSInfoFixed, err = v.MendFSInfo(); err != nil {
+	// R4: our own runs leave the count right, or unknown.
+	ours := pending != nil || rec.FreedClusters > 0
+	if rec.FSInfoFixed, err = v.MendFSInfo(!ours && !more.count); err != nil {
 		return rec, err
 	}
 	if rec.FSInfoFixed {
@@ -233,8 +240,7 @@ func recoverVolume(v *fatdriver.Volume, log *slog.Logger, reclaim bool) (*Recove
 	} else if (rec.FATsMended > 0 || rec.FSInfoFixed) && rec.Action == actNothing {
 		rec.Action = actFinish
 	}
-	v.Refresh()
-	return rec, nil
+	return rec, v.Refresh()
 }
 
 // rescan reads the tree from the medium again.

@@ -321,7 +321,7 @@ func fillFATSector(t testing.TB, m *blockdev.Mem) {
 		}
 	}
 	if g.Type == fatdriver.FAT32 {
-		if _, err := v.MendFSInfo(); err != nil {
+		if _, err := v.MendFSInfo(false); err != nil {
 			t.Fatal(err)
 		}
 	}

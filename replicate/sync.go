@@ -192,7 +192,7 @@ func (r *run) open(s *side) {
 		s.fail(fmt.Errorf("cannot use %s as a target: %w", s.t.Name, err))
 		return
 	}
-	rec, err := recoverVolume(s.vol, r.log.With("target", s.t.Name), false)
+	rec, err := recoverVolume(s.vol, r.log.With("target", s.t.Name), thorough{})
 	if rec.Changed() || rec != nil && rec.Action == "stale" {
 		s.res.Recovered = rec
 	}
@@ -686,7 +686,7 @@ func (r *run) transact(ctx context.Context, f *feed, aborted *atomic.Bool) (err 
 		if !committing && !errors.Is(err, blockdev.ErrFlushFailed) {
 			// Nothing was committed: take back what was allocated. A device that fails now too is left as it is; its tree
 			// is the old one, and recovery will find the record.
-			if _, rerr := recoverVolume(s.vol, r.log.With("target", s.t.Name), false); rerr != nil {
+			if _, rerr := recoverVolume(s.vol, r.log.With("target", s.t.Name), thorough{}); rerr != nil {
 				r.log.Warn("cannot roll back", "target", s.t.Name, "err", rerr)
 			}
 		}

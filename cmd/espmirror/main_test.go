@@ -29,7 +29,7 @@ func TestMain(m *testing.M) {
 		os.Unsetenv(v)
 	}
 	os.Setenv("TZ", "UTC")
-	os.Exit(m.Run())
+	os.Exit(fixtures.Main(m))
 }
 
 // result is what a command line left behind.
