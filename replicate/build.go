@@ -169,6 +169,10 @@ func (r *run) transact(ctx context.Context, f *feed, aborted *atomic.Bool) (err 
 		}
 		if err == nil {
 			s.res.Outcome = Synced
+			// Whoever reads through another node of this disk has a page cache of its own, with the old content.
+			if ierr := s.dev.Invalidate(); ierr != nil {
+				r.log.Warn("cannot drop caches", "target", s.t.Name, "err", ierr)
+			}
 			return
 		}
 		if !committing && !errors.Is(err, blockdev.ErrFlushFailed) {
