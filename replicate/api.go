@@ -16,8 +16,9 @@ var (
 	// ErrRefused is returned when a guard stopped the run for a target (or for all) before anything was written to it.
 	ErrRefused = errors.New("refused")
 
-	// ErrNeedsRecovery is returned by read-only operations on a volume that an interrupted run left behind.
-	ErrNeedsRecovery = errors.New("an interrupted run is unfinished")
+	// ErrNeedsRecovery is returned by read-only operations on a volume that an interrupted run left behind, or whose FAT
+	// copies differ.
+	ErrNeedsRecovery = errors.New("it needs recovery")
 
 	// ErrEmptySelection is returned when nothing is selected on the source: replicating it would delete everything.
 	ErrEmptySelection = errors.New("the selection is empty on the source")

@@ -14,7 +14,11 @@ import (
 // plan is P1 and P2: what changes, and where it goes. It makes room for directory entries and for the journal first,
 // where there is something to do at all, because both move what a plan relies on.
 func (r *run) plan(s *side) {
-	if err := r.makePlan(s); err != nil {
+	err := r.makePlan(s)
+	if err == nil {
+		err = r.warnDangling(s)
+	}
+	if err != nil {
 		s.fail(fmt.Errorf("cannot plan for %s: %w", s.t.Name, err))
 	}
 }

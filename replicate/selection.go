@@ -1,7 +1,6 @@
 package replicate
 
 import (
-	"bufio"
 	"fmt"
 	"io"
 	"path"
@@ -267,11 +266,13 @@ func entryPaths(src Source, e *Item) ([]string, error) {
 		return nil, fmt.Errorf("%w: cannot read %s: %w", ErrSource, e.Path, err)
 	}
 	defer r.Close()
+	text := make([]byte, e.Size)
+	if _, err := io.ReadFull(r, text); err != nil {
+		return nil, fmt.Errorf("%w: cannot read %s: %w", ErrSource, e.Path, shrunk(err))
+	}
 	var out []string
-	sc := bufio.NewScanner(io.LimitReader(r, maxEntryFile))
-	sc.Buffer(make([]byte, 4096), maxEntryFile+1)
-	for sc.Scan() {
-		f := strings.Fields(sc.Text())
+	for line := range strings.Lines(string(text)) {
+		f := strings.Fields(line)
 		if len(f) < 2 {
 			continue
 		}
@@ -279,9 +280,6 @@ func entryPaths(src Source, e *Item) ([]string, error) {
 		case "linux", "efi", "uki", "initrd", "devicetree", "devicetree-overlay":
 			out = append(out, f[1:]...)
 		}
-	}
-	if err := sc.Err(); err != nil {
-		return nil, fmt.Errorf("%w: cannot read %s: %w", ErrSource, e.Path, err)
 	}
 	return out, nil
 }

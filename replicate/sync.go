@@ -18,6 +18,7 @@ type run struct {
 	opt    Options
 	log    *slog.Logger
 	hashes map[*Item][32]byte
+	named  []entry // what the loader entries that are replicated name
 }
 
 // side is what a run knows of one target.
@@ -64,6 +65,9 @@ func Sync(ctx context.Context, src Source, targets []*Target, o Options) ([]Resu
 	if err != nil {
 		return nil, err
 	}
+	if err := r.saneSource(); err != nil {
+		return nil, err
+	}
 	each(sides, r.open)
 	if err := r.compare(ctx, alive(sides)); err != nil {
 		return results, r.stop(sides, err)
@@ -94,6 +98,9 @@ func begin(src Source, targets []*Target, o Options) (*run, []Result, []*side, e
 	o.KeepFree = min(o.KeepFree, maxKeepFree)
 	r := &run{src: src, sel: sel, opt: o, log: o.Log, hashes: map[*Item][32]byte{}}
 	if err := r.replicable(); err != nil {
+		return nil, nil, nil, err
+	}
+	if r.named, err = namedBy(src, func(p string) bool { return !sel.takes(p) }); err != nil {
 		return nil, nil, nil, err
 	}
 	results := make([]Result, len(targets))

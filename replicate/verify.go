@@ -35,6 +35,10 @@ func Verify(ctx context.Context, src Source, targets []*Target, o Options) ([]Re
 		for i := range changes {
 			changes[i].Op = words[changes[i].Op]
 		}
+		if err := r.warnDangling(s); err != nil {
+			s.fail(fmt.Errorf("cannot verify %s: %w", s.t.Name, err))
+			return
+		}
 		s.res.Summary.Changes = changes
 		s.res.Outcome = InSync
 		if len(changes) > 0 {

@@ -308,8 +308,11 @@ func referred(tree *fatdriver.Tree) func(p string) bool {
 		if e.Dir || !strings.HasSuffix(fatdriver.Fold(e.Name), ".CONF") {
 			continue
 		}
+		if e.Size > maxEntryFile {
+			return func(string) bool { return true }
+		}
 		paths, err := entryPaths(src, e)
-		if err != nil || e.Size > maxEntryFile {
+		if err != nil {
 			return func(string) bool { return true }
 		}
 		for _, p := range paths {
