@@ -10,6 +10,8 @@ import (
 
 // MendFATs makes the other FAT copies equal to copy 0, which is the one that firmware and Linux read. It returns the
 // number of bytes written, and does not flush. The volume must have at most two copies and mirroring on (TargetError).
+// Where they differ and copy 0 holds values that nobody writes, it is copy 0 that was damaged: it returns ErrDamaged and
+// leaves the other one, which may be the intact one, alone.
 func (v *Volume) MendFATs() (int64, error) {
 	g := &v.geo
 	var wrote int64
@@ -29,6 +31,11 @@ func (v *Volume) MendFATs() (int64, error) {
 			if err == nil && bytes.Equal(want[:k], have[:k]) {
 				continue
 			}
+			if wrote == 0 {
+				if err := v.possible(); err != nil {
+					return 0, err
+				}
+			}
 			for s := int64(0); s < k; s += ss {
 				if err == nil && bytes.Equal(want[s:s+ss], have[s:s+ss]) {
 					continue
@@ -41,6 +48,20 @@ func (v *Volume) MendFATs() (int64, error) {
 		}
 	}
 	return wrote, nil
+}
+
+// possible returns ErrDamaged when an entry of copy 0 is one that no FAT writer leaves behind: 1, or beyond the volume.
+func (v *Volume) possible() error {
+	for c := Cluster(2); c <= v.geo.MaxCluster(); c++ {
+		e, err := v.fat.get(c)
+		if err != nil {
+			return err
+		}
+		if e == 1 || e > uint32(v.geo.MaxCluster()) && e < entryBad {
+			return fmt.Errorf("%w: the FAT copies differ, and in copy 0 the entry of cluster %d is 0x%x", ErrDamaged, c, e)
+		}
+	}
+	return nil
 }
 
 // lost calls f for each cluster that is allocated in the FAT and that no file or directory has.

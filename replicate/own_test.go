@@ -256,3 +256,33 @@ func TestWrongFreeCount(t *testing.T) {
 	}
 	judge(t, m, g.fats, files)
 }
+
+// Garbage in copy 0 of the FAT is not copied over copy 1.
+func TestGarbageInFirstFAT(t *testing.T) {
+	g := geometries[4]
+	m := newVolume(t, g)
+	o := Options{Selection: testSelect}
+	src := newMemSource(map[string]string{"EFI/BOOT/BOOTX64.EFI": "MZ"})
+	if res := syncMem(t, src, m, o); res.Err != nil {
+		t.Fatal(res.Err)
+	}
+	v, err := fatdriver.Open(m)
+	if err != nil {
+		t.Fatal(err)
+	}
+	geo := v.Geometry()
+	at := geo.FATOff + geo.FATSize/2
+	for i := range int64(512) {
+		m.Bytes()[at+i] = byte(0x37 * (i + 5))
+	}
+	before := bytes.Clone(m.Bytes())
+	if res := syncMem(t, src, m, o); !errors.Is(res.Err, fatdriver.ErrDamaged) || res.Outcome != Refused {
+		t.Fatal(res.Outcome, res.Err)
+	}
+	if _, err := Recover(context.Background(), &Target{Name: "t", Dev: m}, RecoverOptions{}); !errors.Is(err, fatdriver.ErrDamaged) {
+		t.Fatal(err)
+	}
+	if !bytes.Equal(before, m.Bytes()) {
+		t.Fatal("the volume was written")
+	}
+}
