@@ -167,6 +167,40 @@ func TestSyncRefuses(t *testing.T) {
 	b.run("sync", "-n", "--primary", "a.img", "--target", "data.img@@p1").want(exitDiffers)
 }
 
+// TestNoPlan has targets that no plan could be made for: no number is printed for them.
+func TestNoPlan(t *testing.T) {
+	b := newBench(t)
+	volumes(t)
+	full := fixtures.VolumeSpec{FAT: 12, Size: 64 << 10, Serial: 7, Label: "FULL", Tree: fixtures.TreeSpec{"big": {Size: 40 << 10}}}
+	makeFixture(t, full, "full.img")
+	args := []string{"--primary", "a.img", "--target", "full.img"}
+	r := b.run(append([]string{"sync", "-n"}, args...)...).want(exitRefused).has("full.img: refused, 13 changes", "not enough room")
+	for _, no := range []string{" now", "writes ", "clusters 0", "peak"} {
+		if strings.Contains(r.stdout, no) {
+			t.Errorf("%q in a plan that was not made:\n%s", no, r.stdout)
+		}
+	}
+	summary := func(r *result) map[string]any {
+		s, _ := r.json("run")["targets"].([]any)[0].(map[string]any)["summary"].(map[string]any)
+		return s
+	}
+	if s := summary(b.run(append([]string{"sync", "-n", "--json=short"}, args...)...)); s == nil || len(s) != 1 {
+		t.Errorf("got %v, want nothing but the changes", s)
+	}
+	if s := summary(b.run(append([]string{"verify", "--json=short"}, args...)...)); s == nil || len(s) != 1 {
+		t.Errorf("got %v, want nothing but the differences", s)
+	}
+	b.app.engine.verify = func(context.Context, replicate.Source, []*replicate.Target, replicate.Options) ([]replicate.Result, error) {
+		return []replicate.Result{{Outcome: replicate.Failed, Err: errCut}}, nil
+	}
+	if r := b.run(append([]string{"verify"}, args...)...).want(exitPartial); !strings.Contains(r.stdout, "failed            -\n") {
+		t.Errorf("got\n%s", r.stdout)
+	}
+	if s := summary(b.run(append([]string{"verify", "--json=short"}, args...)...)); s != nil {
+		t.Errorf("got %v", s)
+	}
+}
+
 // TestSyncPartly has targets of all kinds at once: the good one is done, whatever becomes of the others.
 func TestSyncPartly(t *testing.T) {
 	b := newBench(t)
