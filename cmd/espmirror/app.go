@@ -274,6 +274,11 @@ func onUsageError(_ *cli.Context, err error, _ bool) error {
 	if name, ok := strings.CutPrefix(msg, "flag needs an argument: -"); ok {
 		return usagef("option %s needs a value", dashed(name))
 	}
+	// The package flag does not wrap the errors of values.
+	if _, name, ok := strings.Cut(msg, " for flag -"); ok && strings.HasSuffix(msg, ": "+errTwice.Error()) {
+		name, _, _ = strings.Cut(name, ":")
+		return usagef("option %s is given twice", dashed(name))
+	}
 	return usagef("%s", msg)
 }
 
@@ -363,12 +368,27 @@ func (inv *invocation) list(name string) []string {
 	return vs
 }
 
+// flagNamed returns the option of a command that has the name, nil when there is none.
+func flagNamed(c *cli.Command, name string) cli.Flag {
+	for _, f := range c.Flags {
+		if slices.Contains(f.Names(), name) {
+			return f
+		}
+	}
+	return nil
+}
+
 // configure reads the common options and the environment.
 func (inv *invocation) configure() error {
 	own := inv.c.Command
+	given := map[string]bool{}
 	for _, c := range inv.contexts() {
 		for _, name := range c.LocalFlagNames() {
-			if !slices.ContainsFunc(own.Flags, func(f cli.Flag) bool { return slices.Contains(f.Names(), name) }) {
+			if _, single := flagNamed(own, name).(*cli.GenericFlag); single && given[name] {
+				return usagef("option %s is given twice", dashed(name))
+			}
+			given[name] = true
+			if flagNamed(own, name) == nil {
 				return usagef("option %s has no meaning for `%s`", dashed(name), own.Name)
 			}
 			// Every one of our options that takes a value needs one: an unset shell variable must not become a default.

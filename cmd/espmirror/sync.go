@@ -22,7 +22,7 @@ func (inv *invocation) syncCommand() *cli.Command {
 			"files or the new ones. With --dry-run the whole plan is printed, and nothing is written.",
 		Flags: append(append(setFlags(), selectFlags()...),
 			&cli.BoolFlag{Name: "dry-run", Aliases: []string{"n"}, Usage: "print what would be done, and write nothing", DisableDefaultText: true},
-			&cli.StringFlag{Name: "keep-free", Usage: "refuse a target that would have less than `SIZE` free at the peak (64M, 1G)"},
+			&cli.GenericFlag{Name: "keep-free", Value: &once{}, Usage: "refuse a target that would have less than `SIZE` free at the peak (64M, 1G)"},
 			&cli.StringFlag{Name: "read-back", Value: "yes", Usage: "compare what was written with the medium before the commit: `yes|no`"},
 			noProgressFlag()),
 		Action: inv.action(0, 0, "name the volumes with --primary and --target", inv.sync),
