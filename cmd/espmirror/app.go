@@ -16,6 +16,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"espmirror/blockdev"
+	"espmirror/gpt"
 	"espmirror/replicate"
 )
 
@@ -83,6 +84,9 @@ func hintOf(err error) string {
 	var busy *blockdev.BusyError
 	if errors.As(err, &busy) {
 		return busy.Hint
+	}
+	if errors.Is(err, gpt.ErrBackupOnly) {
+		return "its backup table is whole: gdisk loads it (answer 1), shows it with p, and writes it back with w"
 	}
 	return ""
 }
