@@ -441,6 +441,9 @@ func prefixed(verb, name string, err error) error {
 	if first, _, ok := strings.Cut(err.Error(), ": "); ok && strings.HasPrefix(first, "cannot ") && strings.Contains(first, name) {
 		return err
 	}
+	if strings.HasPrefix(err.Error(), name+": ") {
+		return fmt.Errorf("cannot %s %w", verb, err)
+	}
 	return fmt.Errorf("cannot %s %s: %w", verb, name, err)
 }
 

@@ -342,6 +342,7 @@ func TestResults(t *testing.T) {
 		"written":     {results: []replicate.Result{{Outcome: replicate.Synced}, {Outcome: replicate.Refused, Err: fatdriver.ErrNoSpace}}, code: exitPartial, want: "not enough room"},
 		"recovered":   {results: []replicate.Result{{Outcome: replicate.InSync, Recovered: &replicate.Recovery{Action: "rolled back", FreedClusters: 3}}, {Outcome: replicate.InSync}}, code: 0, want: "rolled back"},
 		"pending":     {results: []replicate.Result{{Outcome: replicate.InSync}, {Outcome: replicate.Failed, Err: replicate.ErrNeedsRecovery}}, code: exitRecover, want: "hint: run `espmirror recover c.img`"},
+		"named":       {results: []replicate.Result{{Outcome: replicate.InSync}, {Outcome: replicate.Failed, Err: fmt.Errorf("c.img: %w", errCut)}}, code: exitPartial, want: "espmirror: cannot sync c.img: the plug"},
 		"source":      {err: fmt.Errorf("%w: cannot read x", replicate.ErrSource), code: exitFailed, want: "the source cannot be replicated: cannot read x"},
 		"interrupted": {results: []replicate.Result{{Outcome: replicate.Failed, Err: context.Canceled}, {Outcome: replicate.Failed, Err: context.Canceled}}, err: context.Canceled, code: exitInterrupt, want: "espmirror: interrupted\n"},
 	} {
