@@ -159,6 +159,17 @@ func TestSyncRefuses(t *testing.T) {
 			}
 		}
 	}
+	// The type tells that it is somebody else's.
+	types := map[string]string{
+		"A19D880F-05FC-4D3B-A006-743F0F84911E": "hint: this looks like the wrong partition: by its type it is for Linux RAID; ",
+		"EBD0A0A2-B9E5-4433-87C0-68B6B72699C7": "it is for Microsoft basic data; ",
+		"11111111-2222-4333-8444-555555555555": "hint: set its type, or",
+	}
+	for typ, want := range types {
+		name := "typed-" + typ[:8] + ".img"
+		disk(t, name, typ, guidTwo, other)
+		b.run("sync", "-n", "--primary", "a.img", "--target", name+"@@p1").want(exitRefused).has("is not an EFI system partition", want)
+	}
 	// Who only compares is told, and not refused.
 	b.run("verify", "--primary", "a.img", "--target", "serial.img").want(exitDiffers).has("warning: two volumes have the same FAT serial number")
 	b.run("recover", "data.img@@p1", "md.img@@p1").want(exitRefused).has("is not an EFI system partition", "member of an md array")
