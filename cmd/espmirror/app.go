@@ -83,12 +83,25 @@ func hintOf(err error) string {
 	}
 	var busy *blockdev.BusyError
 	if errors.As(err, &busy) {
-		return busy.Hint
+		return busyHint(busy)
 	}
 	if errors.Is(err, gpt.ErrBackupOnly) {
 		return "its backup table is whole: gdisk loads it (answer 1), shows it with p, and writes it back with w"
 	}
 	return ""
+}
+
+// busyHint says what to do about who holds a device.
+func busyHint(e *blockdev.BusyError) string {
+	for _, by := range e.By {
+		if loop, ok := strings.CutPrefix(by, "attached to "); ok {
+			return fmt.Sprintf("use /dev/%s instead, or detach it with `losetup -d /dev/%s`", loop, loop)
+		}
+	}
+	if e.Hint == "" && len(e.By) > 0 && strings.HasPrefix(e.By[0], "locked by another program") {
+		return "wait until that program is done, then try again"
+	}
+	return e.Hint
 }
 
 // invocation is one command line while it runs.

@@ -71,8 +71,9 @@ func TestLog(t *testing.T) {
 	log := newLogger(&out, slog.LevelInfo)
 	log.Debug("unseen")
 	log.Info("using a\x1bname", "dir", "/efi\n")
-	log.With("target", "b.img").WithGroup("g").Warn("careful", "n", 3)
-	want := "espmirror: using a\\x1bname (dir=/efi\\n)\nespmirror: warning: careful (target=b.img g.n=3)\n"
+	log.With("target", "b.img").WithGroup("g").Warn("careful", "n", 3, "reason", "")
+	log.Info("all empty", "reason", "")
+	want := "espmirror: using a\\x1bname (dir=/efi\\n)\nespmirror: warning: careful (target=b.img g.n=3)\nespmirror: all empty\n"
 	if out.String() != want {
 		t.Errorf("got %q, want %q", out.String(), want)
 	}
