@@ -156,7 +156,7 @@ func (inv *invocation) finish() int {
 			}
 		}
 	} else if inv.report != nil {
-		inv.report.print(&output{Writer: inv.out, legend: !inv.noLegend, color: inv.color})
+		inv.report.print(&output{Writer: inv.out, legend: !inv.noLegend, color: inv.color, width: inv.terminalWidth(inv.stdout)})
 	}
 	if err := inv.out.Flush(); err != nil {
 		inv.err = fmt.Errorf("cannot write the result: %w", err)

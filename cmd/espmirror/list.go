@@ -102,6 +102,7 @@ type listedVolume struct {
 
 func (r *listReport) print(o *output) {
 	t := newTable("VOLUME", "TYPE", "PARTITION GUID", "PARTLABEL", "FAT", "SERIAL", "LABEL", "SIZE", "NOTE")
+	t.spare = []string{"PARTITION GUID", "PARTLABEL"}
 	for _, v := range r.Volumes {
 		note, color := strings.Join(v.UsedBy, ", "), dim
 		if v.Error != nil {

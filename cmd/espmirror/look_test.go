@@ -19,6 +19,11 @@ func TestList(t *testing.T) {
 	volumes(t)
 	disk(t, "disk.img", fixtures.TypeESP, guidOne, fixtures.VolumeSpec{FAT: 16, Size: 16 << 20, Serial: 0x3333CCCC, Label: "ONDISK"})
 	b.run("list", "a.img", "b.img", "disk.img").want(0).golden("list")
+	b.app.terminalWidth = fakeTerminal
+	if r := b.run("list", "disk.img").want(0).has("3333-CCCC", "EFI system"); strings.Contains(r.stdout, guidOne) {
+		t.Errorf("too wide for the terminal:\n%s", r.stdout)
+	}
+	b.app.terminalWidth = terminalWidth
 	doc := b.run("list", "--json=pretty", "a.img", "disk.img").want(0).json("list")
 	vs := doc["volumes"].([]any)
 	if v := vs[1].(map[string]any); v["partition_guid"] != guidOne || v["serial"] != "3333-CCCC" || v["name"] != "disk.img@@p1" {

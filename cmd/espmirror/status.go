@@ -243,6 +243,7 @@ func (s *statusVolume) fail(err error) {
 
 func (r *statusReport) print(o *output) {
 	t := newTable("ROLE", "VOLUME", "PARTITION GUID", "SERIAL", "LABEL", "FAT", "FREE", "STATE")
+	t.spare = []string{"PARTITION GUID"}
 	for _, v := range r.Volumes {
 		free, state := "", v.State
 		if v.Free != nil {
