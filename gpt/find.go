@@ -222,9 +222,12 @@ func (f *Finder) findTag(key, value string) (*Location, error) {
 	if value == "" {
 		return nil, fmt.Errorf("%w: %s is empty", ErrBadName, key)
 	}
-	given, problems, err := f.given()
+	given, problems, closed, err := f.given()
 	if err != nil {
 		return nil, err
+	}
+	if len(closed) > 0 {
+		return nil, closed[0].Err // it was named
 	}
 	l, unread, err := f.pick(given, fits)
 	if l != nil || err != nil {
@@ -240,11 +243,14 @@ func (f *Finder) findTag(key, value string) (*Location, error) {
 			return l, err
 		}
 	}
-	machine, more, err := f.machine()
+	machine, more, closed, err := f.machine()
 	if err != nil {
 		return nil, err
 	}
 	problems = append(problems, more...)
+	for _, u := range closed {
+		problems = append(problems, u.Err.Error())
+	}
 	if l, unread, err = f.pick(machine, fits); l != nil || err != nil {
 		return l, err
 	}
@@ -361,32 +367,42 @@ func (f *Finder) volumesOf(path string) ([]*Location, []string, error) {
 	return all, problems, nil
 }
 
-// given returns the volumes in Among; what cannot be opened there is an error, for it was named.
-func (f *Finder) given() (all []*Location, problems []string, err error) {
+// Unread is a disk or image that could not be looked at.
+type Unread struct {
+	Path string
+	Err  error
+}
+
+// given returns the volumes in Among.
+func (f *Finder) given() (all []*Location, problems []string, unread []Unread, err error) {
 	for _, path := range f.Among {
-		id, err := blockdev.Identify(path)
+		ls, more, err := f.givenIn(path)
 		if err != nil {
-			return nil, nil, fmt.Errorf("cannot look at %s: %w", path, err)
-		}
-		b, err := f.block(path, id)
-		if err != nil {
-			return nil, nil, err
-		}
-		if b.Disk != "" {
-			l, err := f.partNode(path, path, b, id)
-			if err != nil {
-				return nil, nil, err
-			}
-			all = append(all, l)
+			unread = append(unread, Unread{path, err})
 			continue
-		}
-		ls, more, err := f.volumesOf(path)
-		if err != nil {
-			return nil, nil, err
 		}
 		all, problems = append(all, ls...), append(problems, more...)
 	}
-	return all, problems, nil
+	return all, problems, unread, nil
+}
+
+func (f *Finder) givenIn(path string) ([]*Location, []string, error) {
+	id, err := blockdev.Identify(path)
+	if err != nil {
+		return nil, nil, fmt.Errorf("cannot look at %s: %w", path, err)
+	}
+	b, err := f.block(path, id)
+	if err != nil {
+		return nil, nil, err
+	}
+	if b.Disk == "" {
+		return f.volumesOf(path)
+	}
+	l, err := f.partNode(path, path, b, id)
+	if err != nil {
+		return nil, nil, err
+	}
+	return []*Location{l}, nil, nil
 }
 
 // known returns the partitions that the kernel itself knows by the PARTUUID, so that no other disk has to be opened.
@@ -424,12 +440,12 @@ func isQuiet(name string) bool {
 // known under another name (loop, dm), or opening them does things (a tape-like floppy or CD drive spins up).
 var quiet = []string{"loop", "ram", "zram", "sr", "fd", "dm-", "mtdblock"}
 
-// machine returns the volumes on the disks of this machine. A disk that cannot be read is a problem, not an error:
-// another one may hold what is wanted.
-func (f *Finder) machine() (all []*Location, problems []string, err error) {
+// machine returns the volumes on the disks of this machine. A disk that cannot be read is no error: another one may hold
+// what is wanted.
+func (f *Finder) machine() (all []*Location, problems []string, unread []Unread, err error) {
 	blocks, err := f.System.Blocks()
 	if err != nil {
-		return nil, nil, err
+		return nil, nil, nil, err
 	}
 	for _, b := range blocks {
 		// A disk with holders is a member of an array or a path of a multipath device, and shows what those show.
@@ -438,18 +454,19 @@ func (f *Finder) machine() (all []*Location, problems []string, err error) {
 		}
 		ls, more, err := f.volumesOf(b.Node)
 		if err != nil {
-			problems = append(problems, err.Error())
+			unread = append(unread, Unread{b.Node, err})
 			continue
 		}
 		all, problems = append(all, ls...), append(problems, more...)
 	}
-	return all, problems, nil
+	return all, problems, unread, nil
 }
 
 // Listing is what List finds.
 type Listing struct {
 	Volumes  []*Location // ESPs and XBOOTLDR partitions, and FAT volumes without a table that were named
-	Problems []string    // tables that are damaged, disks that cannot be read, GUIDs that occur twice
+	Problems []string    // tables that are damaged, GUIDs that occur twice
+	Unread   []Unread    // disks and images that could not be looked at: what is on them is not known
 }
 
 // List returns every ESP and XBOOTLDR partition in Among or, when that is empty, on this machine. Of the machine's
@@ -460,11 +477,11 @@ func (f *Finder) List() (*Listing, error) {
 	if len(f.Among) > 0 {
 		search = f.given
 	}
-	all, problems, err := search()
+	all, problems, unread, err := search()
 	if err != nil {
 		return nil, fmt.Errorf("cannot list volumes: %w", err)
 	}
-	list := &Listing{Problems: problems}
+	list := &Listing{Problems: problems, Unread: unread}
 	for _, l := range all {
 		named := len(f.Among) > 0 && l.Part == nil
 		if !named && (l.Part == nil || l.Part.Type != TypeESP && l.Part.Type != TypeXBOOTLDR) {

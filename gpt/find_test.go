@@ -190,11 +190,17 @@ func TestFindBareFAT(t *testing.T) {
 	_, err := f.Sibling(find(t, f, path), TypeXBOOTLDR)
 	wantErr(t, err, ErrNotFound)
 
-	// What is named in Among must be readable.
-	f.Among = append(f.Among, path+".missing")
+	// What is named in Among must be readable, and a list has the others all the same.
+	before, err := f.List()
+	if err != nil {
+		t.Fatal(err)
+	}
+	f.Among = append([]string{path + ".missing"}, f.Among...)
 	findErr(t, f, "UUID=ABCD-1234", fs.ErrNotExist)
-	if _, err := f.List(); !errors.Is(err, fs.ErrNotExist) {
-		t.Error(err)
+	list, err := f.List()
+	if err != nil || len(list.Volumes) != len(before.Volumes) || len(list.Unread) != 1 || list.Unread[0].Path != f.Among[0] ||
+		!errors.Is(list.Unread[0].Err, fs.ErrNotExist) {
+		t.Errorf("%+v %v", list, err)
 	}
 }
 
@@ -325,7 +331,7 @@ func TestFindOnMachine(t *testing.T) {
 		}
 		findErr(t, f, "PARTUUID="+guid(9), ErrNotFound, "/dev/sde")
 		list, err := f.List()
-		if err != nil || len(list.Volumes) != 2 || len(list.Problems) != 1 || !strings.Contains(list.Problems[0], "/dev/sde") {
+		if err != nil || len(list.Volumes) != 2 || len(list.Unread) != 1 || !strings.Contains(list.Unread[0].Path, "/dev/sde") {
 			t.Errorf("%+v %v", list, err)
 		}
 		// An image on the command line comes before the machine.

@@ -35,6 +35,9 @@ var (
 
 	// ErrDamaged is returned when there is a partition table and no copy of it can be trusted.
 	ErrDamaged = errors.New("partition table is damaged")
+
+	// ErrBackupOnly comes with ErrDamaged when the backup table is whole, and nothing else is left to say that it still counts.
+	ErrBackupOnly = errors.New("it stands alone: neither a protective MBR nor a primary header is left")
 )
 
 // Partition is one entry of a partition table. Its bounds are inside the disk.

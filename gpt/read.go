@@ -91,7 +91,7 @@ func read(d blockdev.Device) (*Table, error) {
 			}
 			// The backup of a table that this disk no longer has must not bring it back to life.
 			if !protective && len(damage) == 0 {
-				note(sector, "backup", errors.New("it stands alone: neither a protective MBR nor a primary header is left"))
+				note(sector, "backup", ErrBackupOnly)
 				continue
 			}
 			t, err := decode(h, d, sector)

@@ -16,6 +16,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"espmirror/blockdev"
+	"espmirror/gpt"
 	"espmirror/replicate"
 )
 
@@ -82,9 +83,25 @@ func hintOf(err error) string {
 	}
 	var busy *blockdev.BusyError
 	if errors.As(err, &busy) {
-		return busy.Hint
+		return busyHint(busy)
+	}
+	if errors.Is(err, gpt.ErrBackupOnly) {
+		return "its backup table is whole: gdisk loads it (answer 1), shows it with p, and writes it back with w"
 	}
 	return ""
+}
+
+// busyHint says what to do about who holds a device.
+func busyHint(e *blockdev.BusyError) string {
+	for _, by := range e.By {
+		if loop, ok := strings.CutPrefix(by, "attached to "); ok {
+			return fmt.Sprintf("use /dev/%s instead, or detach it with `losetup -d /dev/%s`", loop, loop)
+		}
+	}
+	if e.Hint == "" && len(e.By) > 0 && strings.HasPrefix(e.By[0], "locked by another program") {
+		return "wait until that program is done, then try again"
+	}
+	return e.Hint
 }
 
 // invocation is one command line while it runs.
@@ -139,7 +156,7 @@ func (inv *invocation) finish() int {
 			}
 		}
 	} else if inv.report != nil {
-		inv.report.print(&output{Writer: inv.out, legend: !inv.noLegend, color: inv.color})
+		inv.report.print(&output{Writer: inv.out, legend: !inv.noLegend, color: inv.color, width: inv.terminalWidth(inv.stdout)})
 	}
 	if err := inv.out.Flush(); err != nil {
 		inv.err = fmt.Errorf("cannot write the result: %w", err)
@@ -274,6 +291,11 @@ func onUsageError(_ *cli.Context, err error, _ bool) error {
 	if name, ok := strings.CutPrefix(msg, "flag needs an argument: -"); ok {
 		return usagef("option %s needs a value", dashed(name))
 	}
+	// The package flag does not wrap the errors of values.
+	if _, name, ok := strings.Cut(msg, " for flag -"); ok && strings.HasSuffix(msg, ": "+errTwice.Error()) {
+		name, _, _ = strings.Cut(name, ":")
+		return usagef("option %s is given twice", dashed(name))
+	}
 	return usagef("%s", msg)
 }
 
@@ -363,12 +385,27 @@ func (inv *invocation) list(name string) []string {
 	return vs
 }
 
+// flagNamed returns the option of a command that has the name, nil when there is none.
+func flagNamed(c *cli.Command, name string) cli.Flag {
+	for _, f := range c.Flags {
+		if slices.Contains(f.Names(), name) {
+			return f
+		}
+	}
+	return nil
+}
+
 // configure reads the common options and the environment.
 func (inv *invocation) configure() error {
 	own := inv.c.Command
+	given := map[string]bool{}
 	for _, c := range inv.contexts() {
 		for _, name := range c.LocalFlagNames() {
-			if !slices.ContainsFunc(own.Flags, func(f cli.Flag) bool { return slices.Contains(f.Names(), name) }) {
+			if _, single := flagNamed(own, name).(*cli.GenericFlag); single && given[name] {
+				return usagef("option %s is given twice", dashed(name))
+			}
+			given[name] = true
+			if flagNamed(own, name) == nil {
 				return usagef("option %s has no meaning for `%s`", dashed(name), own.Name)
 			}
 			// Every one of our options that takes a value needs one: an unset shell variable must not become a default.

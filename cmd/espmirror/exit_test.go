@@ -61,8 +61,10 @@ func TestExitCode(t *testing.T) {
 
 func TestHints(t *testing.T) {
 	for want, err := range map[string]error{
-		"do this":                       fmt.Errorf("x: %w", withHint(errors.New("y"), "do this")),
-		"unmount it":                    fmt.Errorf("x: %w", &blockdev.BusyError{Hint: "unmount it"}),
+		"do this":    fmt.Errorf("x: %w", withHint(errors.New("y"), "do this")),
+		"unmount it": fmt.Errorf("x: %w", &blockdev.BusyError{Hint: "unmount it"}),
+		"wait until that program is done, then try again":                   &blockdev.BusyError{By: []string{"locked by another program"}},
+		"use /dev/loop3 instead, or detach it with `losetup -d /dev/loop3`": &blockdev.BusyError{By: []string{"attached to loop3"}, Hint: "unmount it"},
 		"":                              errors.New("x"),
 		"run `espmirror recover b.img`": recoverHint(fmt.Errorf("x: %w", replicate.ErrNeedsRecovery), "b.img"),
 	} {

@@ -20,7 +20,7 @@ func (inv *invocation) extractCommand() *cli.Command {
 		Description: "Files keep their path below DIR, and their time (FAT's local time is taken for UTC). Without a PATH the\n" +
 			"whole volume is taken. Nothing is written outside DIR, whatever the names on the volume.",
 		Flags: []cli.Flag{
-			&cli.StringFlag{Name: "to", Usage: "write below this `DIR`, which is made when it is missing"},
+			&cli.GenericFlag{Name: "to", Value: &once{}, Usage: "write below this `DIR`, which is made when it is missing"},
 			&cli.BoolFlag{Name: "overwrite", Usage: "replace files that are there already", DisableDefaultText: true},
 		},
 		Action: inv.action(1, -1, "espmirror extract --to DIR VOLUME [PATH]...", inv.extract),

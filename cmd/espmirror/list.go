@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"strings"
 
 	"github.com/urfave/cli/v2"
@@ -10,11 +11,12 @@ import (
 
 func (inv *invocation) listCommand() *cli.Command {
 	return &cli.Command{
-		Name:        "list",
-		Usage:       "list the ESPs and XBOOTLDR partitions of disks and images, or of this machine",
-		UsageText:   "espmirror list [OPTIONS] [DISK|IMAGE]...",
-		Description: "A volume that cannot be read is listed all the same. Nothing is written.",
-		Action:      inv.action(0, -1, "", inv.listVolumes),
+		Name:      "list",
+		Usage:     "list the ESPs and XBOOTLDR partitions of disks and images, or of this machine",
+		UsageText: "espmirror list [OPTIONS] [DISK|IMAGE]...",
+		Description: "A volume that cannot be read is listed all the same, and so is a disk or image; when not everything could\n" +
+			"be looked at, the exit status is 1. Nothing is written.",
+		Action: inv.action(0, -1, "", inv.listVolumes),
 	}
 }
 
@@ -28,10 +30,25 @@ func (inv *invocation) listVolumes() (report, error) {
 		inv.log.Warn(p)
 	}
 	rep.Problems = listing.Problems
+	var errs []error
+	for _, u := range listing.Unread {
+		err := unreadError(u)
+		errs = append(errs, err)
+		rep.Unread = append(rep.Unread, unreadDisk{u.Path, newJSONError(err)})
+	}
 	for _, loc := range listing.Volumes {
 		rep.Volumes = append(rep.Volumes, inv.listOne(loc))
 	}
-	return rep, nil
+	return rep, worst(errs)
+}
+
+// unreadError is the error of a disk or image whose volumes cannot be listed.
+func unreadError(u gpt.Unread) error {
+	err := prefixed("list", u.Path, u.Err)
+	if errors.Is(err, gpt.ErrDamaged) && !errors.Is(err, gpt.ErrBackupOnly) {
+		return withHint(err, "`sgdisk --verify %s` tells what is left of the table", u.Path)
+	}
+	return err
 }
 
 // listOne tells what can be found out about one volume. An error is part of that.
@@ -67,6 +84,13 @@ type listReport struct {
 	failure
 	Volumes  []listedVolume `json:"volumes"`
 	Problems []string       `json:"problems,omitempty"`
+	Unread   []unreadDisk   `json:"unread,omitempty"`
+}
+
+// unreadDisk is a disk or image that could not be looked at.
+type unreadDisk struct {
+	Name  string     `json:"name"`
+	Error *jsonError `json:"error"`
 }
 
 type listedVolume struct {
@@ -78,6 +102,7 @@ type listedVolume struct {
 
 func (r *listReport) print(o *output) {
 	t := newTable("VOLUME", "TYPE", "PARTITION GUID", "PARTLABEL", "FAT", "SERIAL", "LABEL", "SIZE", "NOTE")
+	t.spare = []string{"PARTITION GUID", "PARTLABEL"}
 	for _, v := range r.Volumes {
 		note, color := strings.Join(v.UsedBy, ", "), dim
 		if v.Error != nil {
@@ -86,9 +111,26 @@ func (r *listReport) print(o *output) {
 		t.row(cell{text: v.Name}, cell{text: v.PartType}, cell{text: v.PartGUID}, cell{text: v.PartName}, cell{text: v.FATType},
 			cell{text: v.Serial}, cell{text: v.Label}, cell{text: sizeText(v.Size), right: true}, cell{text: note, tint: color})
 	}
-	if len(r.Volumes) > 0 {
+	for _, u := range r.Unread {
+		row := make([]cell, len(t.head))
+		row[0], row[7].right, row[8] = cell{text: u.Name}, true, cell{text: "cannot be read", tint: red}
+		t.row(row...)
+	}
+	if len(t.rows) > 0 {
 		t.print(o)
-	} else if o.legend {
+	}
+	if len(r.Volumes) == 0 {
+		o.noVolume(len(r.Unread) > 0)
+	}
+}
+
+// noVolume says that there is nothing to show.
+func (o *output) noVolume(unread bool) {
+	switch {
+	case !o.legend:
+	case unread:
+		o.printf("No ESP or XBOOTLDR partition was found, but not everything could be read.\n")
+	default:
 		o.printf("No ESP or XBOOTLDR partition was found.\n")
 	}
 }

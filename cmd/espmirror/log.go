@@ -50,7 +50,11 @@ func (h *logHandler) Handle(_ context.Context, r slog.Record) error {
 }
 
 func (h *logHandler) format(a slog.Attr) string {
-	return " " + safe(h.group+a.Key+"="+a.Value.Resolve().String())
+	value := a.Value.Resolve().String()
+	if value == "" {
+		return "" // it says nothing
+	}
+	return " " + safe(h.group+a.Key+"="+value)
 }
 
 // WithAttrs implements slog.Handler.

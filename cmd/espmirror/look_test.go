@@ -19,6 +19,11 @@ func TestList(t *testing.T) {
 	volumes(t)
 	disk(t, "disk.img", fixtures.TypeESP, guidOne, fixtures.VolumeSpec{FAT: 16, Size: 16 << 20, Serial: 0x3333CCCC, Label: "ONDISK"})
 	b.run("list", "a.img", "b.img", "disk.img").want(0).golden("list")
+	b.app.terminalWidth = fakeTerminal
+	if r := b.run("list", "disk.img").want(0).has("3333-CCCC", "EFI system"); strings.Contains(r.stdout, guidOne) {
+		t.Errorf("too wide for the terminal:\n%s", r.stdout)
+	}
+	b.app.terminalWidth = terminalWidth
 	doc := b.run("list", "--json=pretty", "a.img", "disk.img").want(0).json("list")
 	vs := doc["volumes"].([]any)
 	if v := vs[1].(map[string]any); v["partition_guid"] != guidOne || v["serial"] != "3333-CCCC" || v["name"] != "disk.img@@p1" {
@@ -32,6 +37,36 @@ func TestList(t *testing.T) {
 	// Without arguments: the machine, which has no disk here.
 	b.run("list").want(0).has("No ESP or XBOOTLDR partition was found.")
 	b.run("list", "--json=short").want(0).json("list")
+}
+
+// TestListUnread lists what can be read beside what cannot.
+func TestListUnread(t *testing.T) {
+	b := newBench(t)
+	disk(t, "d1.img", fixtures.TypeESP, guidOne, fixtures.VolumeSpec{FAT: 16, Size: 16 << 20, Serial: 0x3333CCCC, Label: "ONDISK"})
+	patch(t, "d1.img", "broken.img", func(d []byte) { clear(d[:34*512]) })
+	patch(t, "d1.img", "gone.img", func(d []byte) { clear(d[512 : 34*512]); clear(d[len(d)-512:]) })
+	b.run("list", "broken.img", "d1.img", "gone.img", "nothing.img").want(exitFailed).golden("list-unread")
+	doc := b.run("list", "--json=short", "broken.img", "d1.img").want(exitFailed).json("list")
+	if len(doc["volumes"].([]any)) != 1 || len(doc["unread"].([]any)) != 1 || doc["error"] == nil {
+		t.Errorf("got %v", doc)
+	}
+
+	// A disk of the machine that cannot be opened: it has no node.
+	device := filepath.Join(b.app.system.Root, "sys/devices/sda")
+	if err := os.MkdirAll(device, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for name, content := range map[string]string{"dev": "8:0\n", "size": "2048\n", "uevent": "MAJOR=8\nMINOR=0\nDEVNAME=sda\nDEVTYPE=disk\n"} {
+		if err := os.WriteFile(filepath.Join(device, name), []byte(content), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.Symlink("../../devices/sda", filepath.Join(b.app.system.Root, "sys/class/block/sda")); err != nil {
+		t.Fatal(err)
+	}
+	b.run("list").want(exitFailed).has("not everything could be read", "cannot open", "/dev/sda")
+	b.run("status").want(exitFailed).has("not everything could be read", "cannot open", "/dev/sda")
+	b.run("status", "--json=short").want(exitFailed).json("status")
 }
 
 func TestLs(t *testing.T) {

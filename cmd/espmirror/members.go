@@ -46,9 +46,31 @@ type member struct {
 	place  int   // of its result among the results, from 1; 0 when it took no part
 }
 
+// once is the value of an option that must not be given twice, where the last one would win without a word.
+type once struct {
+	value string
+	set   bool
+}
+
+var errTwice = errors.New("it is given twice")
+
+// Set implements flag.Value.
+func (o *once) Set(v string) error {
+	if o.set {
+		return errTwice
+	}
+	o.value, o.set = v, true
+	return nil
+}
+
+func (o *once) String() string { return o.value }
+
+// Get implements flag.Getter.
+func (o *once) Get() any { return o.value }
+
 func setFlags() []cli.Flag {
 	return []cli.Flag{
-		&cli.StringFlag{Name: "primary", Usage: "replicate from this `VOLUME` or directory (default: $SYSTEMD_ESP_PATH)"},
+		&cli.GenericFlag{Name: "primary", Value: &once{}, Usage: "replicate from this `VOLUME` or directory (default: $SYSTEMD_ESP_PATH)"},
 		&cli.StringSliceFlag{Name: "target", Usage: "replicate to this `VOLUME`; repeat for more"},
 	}
 }
@@ -418,6 +440,9 @@ func unrecovered(r *replicate.Recovery) bool {
 func prefixed(verb, name string, err error) error {
 	if first, _, ok := strings.Cut(err.Error(), ": "); ok && strings.HasPrefix(first, "cannot ") && strings.Contains(first, name) {
 		return err
+	}
+	if strings.HasPrefix(err.Error(), name+": ") {
+		return fmt.Errorf("cannot %s %w", verb, err)
 	}
 	return fmt.Errorf("cannot %s %s: %w", verb, name, err)
 }

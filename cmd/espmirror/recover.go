@@ -125,6 +125,11 @@ func newRecoveryReport(r *replicate.Recovery) *recoveryReport {
 	return &recoveryReport{r.Action, r.Reason, r.FreedClusters, r.FATsMended, r.FSInfoFixed, r.Changed()}
 }
 
+// wouldDo says of an action what a dry run may: that it has not been done.
+var wouldDo = map[string]string{
+	"rolled back": "would roll back", "rolled forward": "would roll forward", "finished": "would finish", "nothing to do": "would mend",
+}
+
 func (r *recoverReport) print(o *output) {
 	if r.quiet {
 		return
@@ -134,21 +139,31 @@ func (r *recoverReport) print(o *output) {
 			continue
 		}
 		a := v.Recovery
-		o.printf("%s: %s", safe(v.Name), o.paint(outcomeTint(a.Action), a.Action))
+		action := a.Action
+		if w := wouldDo[action]; w != "" && r.DryRun && a.Changed {
+			action = w
+		}
+		o.printf("%s: %s", safe(v.Name), o.paint(outcomeTint(a.Action), action))
 		if a.Reason != "" {
 			o.printf(": %s", safe(a.Reason))
 		}
+		word := func(done, toDo string) string {
+			if r.DryRun {
+				return "to " + toDo
+			}
+			return done
+		}
 		if a.FreedClusters > 0 {
-			o.printf(", %s freed", plural(a.FreedClusters, "cluster", "clusters"))
+			o.printf(", %s %s", plural(a.FreedClusters, "cluster", "clusters"), word("freed", "free"))
 		}
 		if a.FATsMended > 0 {
-			o.printf(", %s of the other FAT mended", plural(a.FATsMended, "sector", "sectors"))
+			o.printf(", %s of the other FAT %s", plural(a.FATsMended, "sector", "sectors"), word("mended", "mend"))
 		}
 		if a.FSInfoFixed {
-			o.printf(", the count of free clusters put right")
+			o.printf(", the count of free clusters %s", word("put right", "put right"))
 		}
 		if r.DryRun && a.Changed {
-			o.printf(" (not done)")
+			o.printf(" (dry run)")
 		}
 		o.printf("\n")
 	}

@@ -56,6 +56,10 @@ func (inv *invocation) status() (report, error) {
 		for _, p := range listing.Problems {
 			inv.log.Warn(p)
 		}
+		for _, u := range listing.Unread {
+			errs = append(errs, unreadError(u))
+			rep.unread = true
+		}
 		for _, loc := range listing.Volumes {
 			add(inv.healthAt("", loc.String(), loc))
 		}
@@ -217,6 +221,8 @@ func (o *outcome) statusState() string {
 type statusReport struct {
 	failure
 	Volumes []statusVolume `json:"volumes"`
+
+	unread bool // some disk, so that there may be more volumes
 }
 
 type statusVolume struct {
@@ -237,6 +243,7 @@ func (s *statusVolume) fail(err error) {
 
 func (r *statusReport) print(o *output) {
 	t := newTable("ROLE", "VOLUME", "PARTITION GUID", "SERIAL", "LABEL", "FAT", "FREE", "STATE")
+	t.spare = []string{"PARTITION GUID"}
 	for _, v := range r.Volumes {
 		free, state := "", v.State
 		if v.Free != nil {
@@ -254,7 +261,7 @@ func (r *statusReport) print(o *output) {
 	}
 	if len(r.Volumes) > 0 {
 		t.print(o)
-	} else if o.legend {
-		o.printf("No ESP or XBOOTLDR partition was found.\n")
+	} else {
+		o.noVolume(r.unread)
 	}
 }

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"strings"
@@ -21,7 +22,7 @@ func (inv *invocation) syncCommand() *cli.Command {
 			"files or the new ones. With --dry-run the whole plan is printed, and nothing is written.",
 		Flags: append(append(setFlags(), selectFlags()...),
 			&cli.BoolFlag{Name: "dry-run", Aliases: []string{"n"}, Usage: "print what would be done, and write nothing", DisableDefaultText: true},
-			&cli.StringFlag{Name: "keep-free", Usage: "refuse a target that would have less than `SIZE` free at the peak (64M, 1G)"},
+			&cli.GenericFlag{Name: "keep-free", Value: &once{}, Usage: "refuse a target that would have less than `SIZE` free at the peak (64M, 1G)"},
 			&cli.StringFlag{Name: "read-back", Value: "yes", Usage: "compare what was written with the medium before the commit: `yes|no`"},
 			noProgressFlag()),
 		Action: inv.action(0, 0, "name the volumes with --primary and --target", inv.sync),
@@ -109,8 +110,14 @@ type targetReport struct {
 	Error     *jsonError      `json:"error,omitempty"`
 }
 
+// summaryReport is what is known of a run or a comparison.
 type summaryReport struct {
-	Changes       []changeReport `json:"changes"`
+	Changes []changeReport `json:"changes"`
+	*planReport
+}
+
+// planReport holds the numbers of a plan. A verification makes none, and a refused target may not have come to one.
+type planReport struct {
 	Commits       []commitReport `json:"commits"`
 	DataBytes     int64          `json:"data_bytes"`
 	BytesToWrite  int64          `json:"bytes_to_write"`
@@ -144,7 +151,7 @@ func newRunReport(m *members, source string, o replicate.Options, outcomes []*ou
 			t.Serial = oc.member.serial
 		}
 		if oc.result != nil {
-			t.Summary = newSummaryReport(&oc.result.Summary)
+			t.Summary = newSummaryReport(m.verb, oc.result)
 			t.Recovered = newRecoveryReport(oc.result.Recovered)
 		}
 		rep.Targets = append(rep.Targets, t)
@@ -152,14 +159,25 @@ func newRunReport(m *members, source string, o replicate.Options, outcomes []*ou
 	return rep
 }
 
-func newSummaryReport(s *replicate.Summary) *summaryReport {
-	r := &summaryReport{
-		Changes: []changeReport{}, Commits: []commitReport{}, DataBytes: s.DataBytes, BytesToWrite: s.BytesToWrite,
-		Clusters: s.Clusters, ClustersFreed: s.ClustersFreed, FreeBytes: s.FreeBytes, FreeAfter: s.FreeAfter,
-		PeakNeeded: s.PeakNeeded, Flushes: s.Flushes,
+// newSummaryReport leaves out what was not found out, so that no zero stands for "unknown"; it returns nil when nothing was.
+func newSummaryReport(verb string, res *replicate.Result) *summaryReport {
+	s := &res.Summary
+	planned := verb != "verify" && (res.Err == nil || len(s.Commits) > 0)
+	compared := planned || res.Err == nil || len(s.Changes) > 0 || verb == "verify" && errors.Is(res.Err, replicate.ErrNeedsRecovery)
+	if !compared {
+		return nil
 	}
+	r := &summaryReport{Changes: []changeReport{}}
 	for _, c := range s.Changes {
 		r.Changes = append(r.Changes, changeReport{c.Op, c.Path, c.From, c.Dir, c.Size})
+	}
+	if !planned {
+		return r
+	}
+	r.planReport = &planReport{
+		Commits: []commitReport{}, DataBytes: s.DataBytes, BytesToWrite: s.BytesToWrite,
+		Clusters: s.Clusters, ClustersFreed: s.ClustersFreed, FreeBytes: s.FreeBytes, FreeAfter: s.FreeAfter,
+		PeakNeeded: s.PeakNeeded, Flushes: s.Flushes,
 	}
 	for _, c := range s.Commits {
 		r.Commits = append(r.Commits, commitReport{c.Paths, c.Off})
@@ -183,17 +201,12 @@ func (r *runReport) print(o *output) {
 	}
 	if r.DryRun || r.verbose || r.Command == "verify" {
 		for i := range r.Targets {
-			if r.Targets[i].Summary != nil {
+			if r.DryRun || r.Targets[i].Summary != nil {
 				r.Targets[i].printPlan(o, r.Command == "verify")
 			}
 		}
 	}
 	if r.DryRun {
-		for _, t := range r.Targets {
-			if t.Summary == nil {
-				o.printf("%s: %s\n", safe(t.Name), o.paint(outcomeTint(t.Outcome), t.Outcome))
-			}
-		}
 		return
 	}
 	if r.Command == "verify" {
@@ -211,7 +224,7 @@ func (r *runReport) print(o *output) {
 	t := newTable("TARGET", "OUTCOME", "CHANGES", "WRITTEN", "FREE", "RECOVERY")
 	for _, x := range r.Targets {
 		var changes, written, free, recovery string
-		if s := x.Summary; s != nil && x.Error == nil {
+		if s := x.Summary; s != nil && s.planReport != nil && x.Error == nil {
 			changes, written, free = fmt.Sprint(len(s.Changes)), sizeText(s.BytesToWrite), sizeText(s.FreeAfter)
 		}
 		if x.Recovered != nil && x.Recovered.Action != "nothing to do" {
@@ -226,6 +239,9 @@ func (r *runReport) print(o *output) {
 // printPlan prints all that a run does to a target, or all that a verification found.
 func (t *targetReport) printPlan(o *output, verify bool) {
 	s := t.Summary
+	if s == nil {
+		s = &summaryReport{}
+	}
 	o.printf("%s: %s", safe(t.Name), o.paint(outcomeTint(t.Outcome), t.Outcome))
 	if n := int64(len(s.Changes)); verify && n > 0 {
 		o.printf(", %s", plural(n, "difference", "differences"))
@@ -239,7 +255,7 @@ func (t *targetReport) printPlan(o *output, verify bool) {
 	for _, c := range s.Changes {
 		c.print(o)
 	}
-	if verify || len(s.Changes) == 0 {
+	if s.planReport == nil || len(s.Changes) == 0 {
 		return
 	}
 	for _, c := range s.Commits {

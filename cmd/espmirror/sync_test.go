@@ -159,12 +159,57 @@ func TestSyncRefuses(t *testing.T) {
 			}
 		}
 	}
+	// The type tells that it is somebody else's.
+	types := map[string]string{
+		"A19D880F-05FC-4D3B-A006-743F0F84911E": "hint: this looks like the wrong partition: by its type it is for Linux RAID; ",
+		"EBD0A0A2-B9E5-4433-87C0-68B6B72699C7": "it is for Microsoft basic data; ",
+		"11111111-2222-4333-8444-555555555555": "hint: set its type, or",
+	}
+	for typ, want := range types {
+		name := "typed-" + typ[:8] + ".img"
+		disk(t, name, typ, guidTwo, other)
+		b.run("sync", "-n", "--primary", "a.img", "--target", name+"@@p1").want(exitRefused).has("is not an EFI system partition", want)
+	}
 	// Who only compares is told, and not refused.
 	b.run("verify", "--primary", "a.img", "--target", "serial.img").want(exitDiffers).has("warning: two volumes have the same FAT serial number")
 	b.run("recover", "data.img@@p1", "md.img@@p1").want(exitRefused).has("is not an EFI system partition", "member of an md array")
 	b.run("recover", "ntfs.img").want(exitFailed).has("NTFS")
 	t.Setenv("SYSTEMD_RELAX_ESP_CHECKS", "1")
 	b.run("sync", "-n", "--primary", "a.img", "--target", "data.img@@p1").want(exitDiffers)
+}
+
+// TestNoPlan has targets that no plan could be made for: no number is printed for them.
+func TestNoPlan(t *testing.T) {
+	b := newBench(t)
+	volumes(t)
+	full := fixtures.VolumeSpec{FAT: 12, Size: 64 << 10, Serial: 7, Label: "FULL", Tree: fixtures.TreeSpec{"big": {Size: 40 << 10}}}
+	makeFixture(t, full, "full.img")
+	args := []string{"--primary", "a.img", "--target", "full.img"}
+	r := b.run(append([]string{"sync", "-n"}, args...)...).want(exitRefused).has("full.img: refused, 13 changes", "not enough room")
+	for _, no := range []string{" now", "writes ", "clusters 0", "peak"} {
+		if strings.Contains(r.stdout, no) {
+			t.Errorf("%q in a plan that was not made:\n%s", no, r.stdout)
+		}
+	}
+	summary := func(r *result) map[string]any {
+		s, _ := r.json("run")["targets"].([]any)[0].(map[string]any)["summary"].(map[string]any)
+		return s
+	}
+	if s := summary(b.run(append([]string{"sync", "-n", "--json=short"}, args...)...)); s == nil || len(s) != 1 {
+		t.Errorf("got %v, want nothing but the changes", s)
+	}
+	if s := summary(b.run(append([]string{"verify", "--json=short"}, args...)...)); s == nil || len(s) != 1 {
+		t.Errorf("got %v, want nothing but the differences", s)
+	}
+	b.app.engine.verify = func(context.Context, replicate.Source, []*replicate.Target, replicate.Options) ([]replicate.Result, error) {
+		return []replicate.Result{{Outcome: replicate.Failed, Err: errCut}}, nil
+	}
+	if r := b.run(append([]string{"verify"}, args...)...).want(exitPartial); !strings.Contains(r.stdout, "failed            -\n") {
+		t.Errorf("got\n%s", r.stdout)
+	}
+	if s := summary(b.run(append([]string{"verify", "--json=short"}, args...)...)); s != nil {
+		t.Errorf("got %v", s)
+	}
 }
 
 // TestSyncPartly has targets of all kinds at once: the good one is done, whatever becomes of the others.
@@ -243,9 +288,9 @@ func TestInterruptedRun(t *testing.T) {
 			pending++
 			check.has("hint: run `espmirror recover b.img`")
 			status.want(exitRecover).json("status")
-			dry.want(exitRecover).has("not done")
+			dry.want(exitRecover).has(": would ", "(dry run)")
 			// What is selected here is as it should be, and still there is something to do.
-			if !strings.Contains(dry.stdout, "count of free clusters") || strings.Contains(dry.stdout, "rolled back") {
+			if !strings.Contains(dry.stdout, "count of free clusters") || strings.Contains(dry.stdout, "would roll back") {
 				b.run("sync", "-n", "--select", "EFI/BOOT", "--primary", "a.img", "--target", "b.img").want(exitRecover).has("recover b.img")
 			}
 		default:
@@ -308,6 +353,7 @@ func TestResults(t *testing.T) {
 		"written":     {results: []replicate.Result{{Outcome: replicate.Synced}, {Outcome: replicate.Refused, Err: fatdriver.ErrNoSpace}}, code: exitPartial, want: "not enough room"},
 		"recovered":   {results: []replicate.Result{{Outcome: replicate.InSync, Recovered: &replicate.Recovery{Action: "rolled back", FreedClusters: 3}}, {Outcome: replicate.InSync}}, code: 0, want: "rolled back"},
 		"pending":     {results: []replicate.Result{{Outcome: replicate.InSync}, {Outcome: replicate.Failed, Err: replicate.ErrNeedsRecovery}}, code: exitRecover, want: "hint: run `espmirror recover c.img`"},
+		"named":       {results: []replicate.Result{{Outcome: replicate.InSync}, {Outcome: replicate.Failed, Err: fmt.Errorf("c.img: %w", errCut)}}, code: exitPartial, want: "espmirror: cannot sync c.img: the plug"},
 		"source":      {err: fmt.Errorf("%w: cannot read x", replicate.ErrSource), code: exitFailed, want: "the source cannot be replicated: cannot read x"},
 		"interrupted": {results: []replicate.Result{{Outcome: replicate.Failed, Err: context.Canceled}, {Outcome: replicate.Failed, Err: context.Canceled}}, err: context.Canceled, code: exitInterrupt, want: "espmirror: interrupted\n"},
 	} {
@@ -390,8 +436,8 @@ func TestLoopDevice(t *testing.T) {
 	cmd := func(words ...string) []string { return append(append(words, args...), node) }
 
 	// Two page caches over the same bytes: the image is not written while a loop device stands for it.
-	b.run(append([]string{"sync"}, append(args, "b.img")...)...).want(exitRefused).has("attached to", "hint: ")
-	b.run(append([]string{"sync", "-n"}, append(args, "b.img")...)...).want(exitRefused).has("attached to")
+	b.run(append([]string{"sync"}, append(args, "b.img")...)...).want(exitRefused).has("attached to", "hint: use "+node+" instead, or detach it with `losetup -d "+node+"`")
+	b.run(append([]string{"sync", "-n"}, append(args, "b.img")...)...).want(exitRefused).has("attached to", "hint: use "+node)
 	// The same volume by two names.
 	b.run("sync", "--primary", "b.img", "--target", node).want(exitRefused).has("it is the primary")
 

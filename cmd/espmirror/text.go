@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"io"
 	"math"
+	"slices"
 	"strconv"
 	"strings"
 	"unicode"
@@ -90,6 +91,7 @@ type output struct {
 	io.Writer
 	legend bool
 	color  bool
+	width  int // columns of the terminal; 0 when it is none
 }
 
 func (o *output) printf(format string, a ...any) { fmt.Fprintf(o, format, a...) }
@@ -123,6 +125,8 @@ type cell struct {
 type table struct {
 	head []string
 	rows [][]cell
+	// spare are columns that are left out, in this order, while the table is wider than the terminal.
+	spare []string
 }
 
 func newTable(head ...string) *table { return &table{head: head} }
@@ -144,6 +148,16 @@ func (t *table) print(o *output) {
 			width[i] = max(width[i], utf8.RuneCountInString(r[i].text))
 		}
 	}
+	for _, name := range t.spare {
+		i := slices.Index(t.head, name)
+		if o.width == 0 || tableWidth(width) <= o.width || i < 0 {
+			continue
+		}
+		t.head, width = slices.Delete(slices.Clone(t.head), i, i+1), slices.Delete(width, i, i+1)
+		for j := range t.rows {
+			t.rows[j] = slices.Delete(slices.Clone(t.rows[j]), i, i+1)
+		}
+	}
 	if o.legend {
 		head := make([]cell, len(t.head))
 		for i, h := range t.head {
@@ -154,6 +168,15 @@ func (t *table) print(o *output) {
 	for _, r := range t.rows {
 		t.line(o, width, r)
 	}
+}
+
+// tableWidth is the width of a line, with two spaces between columns.
+func tableWidth(width []int) int {
+	n := 2 * (len(width) - 1)
+	for _, w := range width {
+		n += w
+	}
+	return n
 }
 
 func (t *table) line(o *output, width []int, cells []cell) {

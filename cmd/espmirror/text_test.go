@@ -66,13 +66,33 @@ func TestTable(t *testing.T) {
 	}
 }
 
+func TestNarrowTable(t *testing.T) {
+	for width, want := range map[int]string{
+		0:  "NAME  GUID    LABEL  STATE\na     123456  b      ok\n",
+		26: "NAME  GUID    LABEL  STATE\na     123456  b      ok\n",
+		25: "NAME  LABEL  STATE\na     b      ok\n",
+		17: "NAME  STATE\na     ok\n",
+		3:  "NAME  STATE\na     ok\n",
+	} {
+		var out bytes.Buffer
+		tab := newTable("NAME", "GUID", "LABEL", "STATE")
+		tab.spare = []string{"GUID", "LABEL"}
+		tab.row(cell{text: "a"}, cell{text: "123456"}, cell{text: "b"}, cell{text: "ok"})
+		tab.print(&output{Writer: &out, legend: true, width: width})
+		if out.String() != want {
+			t.Errorf("%d columns: got\n%swant\n%s", width, out.String(), want)
+		}
+	}
+}
+
 func TestLog(t *testing.T) {
 	var out bytes.Buffer
 	log := newLogger(&out, slog.LevelInfo)
 	log.Debug("unseen")
 	log.Info("using a\x1bname", "dir", "/efi\n")
-	log.With("target", "b.img").WithGroup("g").Warn("careful", "n", 3)
-	want := "espmirror: using a\\x1bname (dir=/efi\\n)\nespmirror: warning: careful (target=b.img g.n=3)\n"
+	log.With("target", "b.img").WithGroup("g").Warn("careful", "n", 3, "reason", "")
+	log.Info("all empty", "reason", "")
+	want := "espmirror: using a\\x1bname (dir=/efi\\n)\nespmirror: warning: careful (target=b.img g.n=3)\nespmirror: all empty\n"
 	if out.String() != want {
 		t.Errorf("got %q, want %q", out.String(), want)
 	}

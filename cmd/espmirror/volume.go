@@ -160,7 +160,37 @@ func (inv *invocation) checkType(loc *gpt.Location) error {
 		inv.log.Debug("SYSTEMD_RELAX_ESP_CHECKS is set", "volume", loc.String(), "overlooked", err.Error())
 		return nil
 	}
-	return withHint(err, "set its type, or set SYSTEMD_RELAX_ESP_CHECKS=1 to use it as it is")
+	const relax = "set its type, or set SYSTEMD_RELAX_ESP_CHECKS=1 to use it as it is"
+	if what := knownType(loc.Part); what != "" {
+		return withHint(err, "this looks like the wrong partition: by its type it is for %s; if it is the right one all the same, %s", what, relax)
+	}
+	return withHint(err, "%s", relax)
+}
+
+// knownType says what partitions of a type are for, "" when the type is not one of those that are met on every machine.
+// GUIDs: Discoverable Partitions Specification, and the list of gdisk.
+func knownType(p *gpt.Partition) string {
+	if p == nil {
+		return ""
+	}
+	if p.MBRType != 0 {
+		return map[byte]string{
+			0x07: "Windows data (NTFS or exFAT)", 0x82: "Linux swap", 0x83: "a Linux filesystem", 0x8e: "Linux LVM", 0xfd: "Linux RAID",
+		}[p.MBRType]
+	}
+	return map[string]string{
+		"a19d880f-05fc-4d3b-a006-743f0f84911e": "Linux RAID",
+		"e6d6d379-f507-44c2-a23c-238f2a3df928": "Linux LVM",
+		"0fc63daf-8483-4772-8e79-3d69d8477de4": "a Linux filesystem",
+		"4f68bce3-e8cd-4db1-96e7-fbcaf984b709": "a Linux root filesystem",
+		"933ac7e1-2eb4-4f13-b844-0e14e2aef915": "Linux /home",
+		"ca7d7ccb-63ed-4c53-861c-1742536059cc": "Linux LUKS",
+		"0657fd6d-a4ab-43c4-84e5-0933c84b4f4f": "Linux swap",
+		"ebd0a0a2-b9e5-4433-87c0-68b6b72699c7": "Microsoft basic data",
+		"e3c9e316-0b5c-4db8-817d-f92df00215ae": "Microsoft reserved space",
+		"de94bba4-06d1-4d40-a16a-bfd50179d6ac": "Windows recovery",
+		"21686148-6449-6e6f-744e-656564454649": "the BIOS boot loader",
+	}[p.Type.String()]
 }
 
 // checkMD refuses half of a mirror: from its beginning it cannot be told from a plain volume.
