@@ -347,3 +347,24 @@ func (t *Tree) InDirectory(path string, off int64) bool {
 	}
 	return false
 }
+
+// OnlyChild takes a cluster, whoever it belongs to, for the beginning of a directory with one entry, and returns the first
+// cluster of that entry; 0 when the cluster cannot be that.
+func (v *Volume) OnlyChild(c Cluster) (Cluster, error) {
+	b, err := v.ReadCluster(c, 4*slotSize)
+	if err != nil {
+		return 0, err
+	}
+	t := v.geo.Type
+	if string(b[:11]) != ".          " || slotCluster(t, b) != c || string(b[slotSize:slotSize+11]) != "..         " {
+		return 0, nil
+	}
+	s := b[2*slotSize:]
+	if s[offAttr]&attrLongMask == attrLong {
+		s = s[slotSize:]
+	}
+	if child := slotCluster(t, s); s[0] != slotEnd && v.geo.valid(child) {
+		return child, nil
+	}
+	return 0, nil
+}

@@ -2,7 +2,6 @@ package replicate
 
 import (
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -62,14 +61,20 @@ func Pending(t *Target) (bool, error) {
 	if err != nil {
 		return false, fmt.Errorf("cannot look at %s: %w", t.Name, err)
 	}
+	pending, err := unfinished(v, tree)
+	if err != nil {
+		return false, fmt.Errorf("cannot look at %s: %w", t.Name, err)
+	}
+	return pending, nil
+}
+
+// unfinished says whether the journal of a scanned volume has a record that is not closed.
+func unfinished(v *fatdriver.Volume, tree *fatdriver.Tree) (bool, error) {
 	log, _, _, err := findJournal(v, tree)
 	if errors.Is(err, journal.ErrBinding) || errors.Is(err, journal.ErrInvalid) {
 		return false, nil // it holds nothing that recovery could act on
 	}
-	if err != nil {
-		return false, fmt.Errorf("cannot look at %s: %w", t.Name, err)
-	}
-	return log != nil && log.Status().State != journal.Idle, nil
+	return log != nil && log.Status().State != journal.Idle, err
 }
 
 // thorough is what a recovery does besides finishing what an interrupted run of ours left.
@@ -129,7 +134,7 @@ func recoverVolume(v *fatdriver.Volume, log *slog.Logger, more thorough) (*Recov
 	unusable := jl != nil && rec.Action == actStale
 	decision := journal.Decision{Action: journal.Nothing}
 	if pending != nil {
-		if decision, err = decide(v, tree, jl, pending); err != nil {
+		if decision, err = decide(v, jl, pending); err != nil {
 			return rec, err
 		}
 		log.Info("found an unfinished transaction", "id", fmt.Sprintf("%x", pending.ID[:4]), "decision", decision.Action.String(), "reason", decision.Reason)
@@ -261,7 +266,7 @@ func discard(v *fatdriver.Volume, jl *journal.Log) error {
 
 // decide applies rule R: the commit sectors tell how far the transaction came, and what rolling forward relies on is
 // checked against the record.
-func decide(v *fatdriver.Volume, tree *fatdriver.Tree, jl *journal.Log, rec *journal.Record) (journal.Decision, error) {
+func decide(v *fatdriver.Volume, jl *journal.Log, rec *journal.Record) (journal.Decision, error) {
 	g := v.Geometry()
 	inFAT := func(off int64) bool {
 		return off >= g.FATOff && off < g.FATOff+int64(g.NumFATs)*g.FATSize
@@ -370,11 +375,10 @@ func stampedClusters(v *fatdriver.Volume, lost []fatdriver.Run) ([]fatdriver.Run
 			// A directory that was made for the journal: follow its last entry, one or two levels down.
 			next := c
 			for range 2 {
-				b, err := v.ReadCluster(next, 128)
-				if err != nil {
+				if next, err = v.OnlyChild(next); err != nil {
 					return nil, err
 				}
-				if next = ownChild(v, b, next); next == 0 {
+				if next == 0 {
 					break
 				}
 				if h, ok, err = stamp(next); err != nil {
@@ -388,28 +392,4 @@ func stampedClusters(v *fatdriver.Volume, lost []fatdriver.Run) ([]fatdriver.Run
 		}
 	}
 	return own, nil
-}
-
-// ownChild looks at the beginning of a cluster that may be a directory with a single entry, and returns that entry's
-// first cluster, or 0.
-func ownChild(v *fatdriver.Volume, b []byte, self fatdriver.Cluster) fatdriver.Cluster {
-	g := v.Geometry()
-	first := func(s []byte) fatdriver.Cluster {
-		c := fatdriver.Cluster(binary.LittleEndian.Uint16(s[26:]))
-		if g.Type == fatdriver.FAT32 {
-			c |= fatdriver.Cluster(binary.LittleEndian.Uint16(s[20:])) << 16
-		}
-		return c
-	}
-	if string(b[:11]) != ".          " || first(b) != self || string(b[32:43]) != "..         " {
-		return 0
-	}
-	s := b[64:96]
-	if s[11] == 0x0F {
-		s = b[96:128]
-	}
-	if c := first(s); c >= 2 && c <= g.MaxCluster() && s[0] != 0 {
-		return c
-	}
-	return 0
 }

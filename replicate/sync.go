@@ -196,7 +196,7 @@ func (r *run) open(s *side) {
 		return
 	}
 	rec, err := recoverVolume(s.vol, r.log.With("target", s.t.Name), thorough{})
-	if rec.Changed() || rec != nil && rec.Action == "stale" {
+	if rec.Changed() || rec != nil && rec.Action == actStale {
 		s.res.Recovered = rec
 	}
 	if err == nil {

@@ -44,7 +44,7 @@ func Verify(ctx context.Context, src Source, targets []*Target, o Options) ([]Re
 		if len(changes) > 0 {
 			s.res.Outcome = Differs
 		}
-		pending, err := Pending(s.t)
+		pending, err := unfinished(s.vol, s.tree)
 		if err == nil && pending {
 			err = fmt.Errorf("%s: %w", s.t.Name, ErrNeedsRecovery)
 		}
