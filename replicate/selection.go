@@ -208,43 +208,31 @@ const maxEntryFile = 64 << 10
 // below a directory other than EFI and loader brings that whole top-level directory, one below EFI/x brings EFI/x, and
 // one in the root brings itself.
 func entryReferences(src Source) ([]string, error) {
-	dir := src.Root().lookup("loader/entries")
-	if dir == nil || !dir.Dir {
-		return nil, nil
+	named, err := namedBy(src, func(string) bool { return false })
+	if err != nil {
+		return nil, err
 	}
 	seen := map[string]bool{}
 	var out []string
-	for _, e := range dir.Children {
-		if e.Dir || e.Err != nil || e.Size > maxEntryFile || !strings.HasSuffix(fatdriver.Fold(e.Name), ".CONF") {
-			continue
+	for _, e := range named {
+		parts := fatdriver.SplitPath(e.file)
+		top := fatdriver.Fold(parts[0])
+		var anchor string
+		switch {
+		case top == "EFI" && len(parts) >= 3:
+			anchor = parts[0] + "/" + parts[1]
+		case top == "EFI" && len(parts) < 2:
+			continue // that names no file, and would bring what belongs to other systems
+		case top == "EFI":
+			anchor = strings.Join(parts, "/")
+		case top == "LOADER":
+			continue // selected as a whole
+		default:
+			anchor = parts[0]
 		}
-		paths, err := entryPaths(src, e)
-		if err != nil {
-			return nil, err
-		}
-		for _, p := range paths {
-			parts := fatdriver.SplitPath(p)
-			if len(parts) == 0 || badParts(parts) {
-				continue
-			}
-			top := fatdriver.Fold(parts[0])
-			var anchor string
-			switch {
-			case top == "EFI" && len(parts) >= 3:
-				anchor = parts[0] + "/" + parts[1]
-			case top == "EFI" && len(parts) < 2:
-				continue // that names no file, and would bring what belongs to other systems
-			case top == "EFI":
-				anchor = strings.Join(parts, "/")
-			case top == "LOADER":
-				continue // selected as a whole
-			default:
-				anchor = parts[0]
-			}
-			if k := fatdriver.Fold(anchor); !seen[k] {
-				seen[k] = true
-				out = append(out, anchor)
-			}
+		if k := fatdriver.Fold(anchor); !seen[k] {
+			seen[k] = true
+			out = append(out, anchor)
 		}
 	}
 	return out, nil
