@@ -1,0 +1,330 @@
+package crashtest
+
+import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+
+	"espmirror/blockdev"
+	"espmirror/fatdriver"
+	"espmirror/fixtures"
+	"espmirror/replicate"
+)
+
+// Run is a recorded sync, and the trees that a reader may see at any moment of it.
+type Run struct {
+	Scenario *Scenario
+	// Recording is the run on the device.
+	Recording *fixtures.Recording
+	// Trees is the number of different trees at the barriers, the old and the new one included.
+	Trees int
+
+	g       Geometry
+	memo    *fixtures.Memo
+	allowed map[[32]byte]int // digest of the tree → its number; 0 is the old one
+	epochs  []reach          // by epoch
+	lost    map[uint32]bool  // clusters that were lost before
+	dirty   [2]bool
+	layout  *fixtures.Tree
+}
+
+// reach is what a reader can reach when an epoch begins or ends.
+type reach struct {
+	live    map[uint32]bool // clusters of files and directories, our own journal's excepted
+	journal map[uint32]bool
+}
+
+// Reader is a state as the judges read it.
+type Reader interface {
+	io.ReaderAt
+	Size() int64
+}
+
+// ErrRefused is returned by Record when the run refused the target, as it should where there is no room for it, and
+// wrote nothing.
+var ErrRefused = errors.New("the run was refused")
+
+// ours says whether a path is espmirror's own, or the directory that exists because of it.
+func ours(path string) bool {
+	k := strings.ToUpper(path)
+	return k == "EFI" || k == "EFI/ESPMIRROR" || strings.HasPrefix(k, "EFI/ESPMIRROR/")
+}
+
+// treeDigest hashes everything that a reader sees, except what is our own: names, attributes, times and content of
+// every other entry, and the boot sectors.
+func treeDigest(tree *fixtures.Tree) [32]byte {
+	h := sha256.New()
+	fmt.Fprintf(h, "%x %x %q %v\n", tree.BootSum, tree.BackupSum, tree.Label, tree.HasLabel)
+	for i := range tree.Entries {
+		e := &tree.Entries[i]
+		if ours(e.Path) {
+			continue
+		}
+		fmt.Fprintf(h, "%q %v %d %x %x %x %x %q\n", e.Path, e.Dir, e.Size, e.Sum, e.Attr, e.CaseBits, e.Times, e.Short)
+	}
+	return [32]byte(h.Sum(nil))
+}
+
+// read reads a state through one FAT copy, by EDK2's rules. Long-name slots without an entry are what a cut between two
+// commits may leave of one.
+func (c *Run) read(r Reader, copyNo int, orphans bool) (*fixtures.Tree, error) {
+	return fixtures.ReadStrictOptions(r, r.Size(), copyNo, fixtures.Options{Hash: c.memo.Hash, OrphanLongNames: orphans, Tail: fixtures.TailEDK2, Skip: ours})
+}
+
+// Record runs the sync of a scenario on a recording device, collects the trees at its barriers, and checks that the
+// last one is what was wanted.
+func Record(s *Scenario) (*Run, error) {
+	base, err := s.Volume()
+	if err != nil {
+		return nil, err
+	}
+	return record(s, base)
+}
+
+func record(s *Scenario, base fixtures.Base) (*Run, error) {
+	c := &Run{Scenario: s, g: s.Geometry, memo: &fixtures.Memo{}, allowed: map[[32]byte]int{}, lost: map[uint32]bool{}}
+	first, err := c.read(base, 0, false)
+	if err != nil {
+		return nil, fmt.Errorf("cannot read the volume of scenario %s: %w", s.Name, err)
+	}
+	c.layout = first
+	lost, err := first.Lost()
+	if err != nil {
+		return nil, err
+	}
+	for _, n := range lost {
+		c.lost[n] = true
+	}
+	if c.dirty[0], c.dirty[1], err = first.DirtyFlags(); err != nil {
+		return nil, err
+	}
+	r := fixtures.NewRecorder(base, c.g.unit())
+	res, err := syncTo(r, s.After, s.Options())
+	if err != nil {
+		return nil, fmt.Errorf("cannot run scenario %s: %w", s.Name, err)
+	}
+	c.Recording = r.Recording()
+	switch {
+	case errors.Is(res.Err, replicate.ErrRefused) || errors.Is(res.Err, fatdriver.ErrNoSpace) || errors.Is(res.Err, fatdriver.ErrNotTarget):
+		if n := len(c.Recording.Ops); n > 0 {
+			return nil, fmt.Errorf("scenario %s: refused after %d operations: %w", s.Name, n, res.Err)
+		}
+		return nil, fmt.Errorf("%w: %w", ErrRefused, res.Err)
+	case res.Err != nil:
+		return nil, fmt.Errorf("cannot run scenario %s: %w", s.Name, res.Err)
+	}
+	if err := c.barriers(); err != nil {
+		return nil, fmt.Errorf("scenario %s: %w", s.Name, err)
+	}
+	last, err := c.read(r.State, 0, false)
+	if err != nil {
+		return nil, fmt.Errorf("scenario %s: after the run: %w", s.Name, err)
+	}
+	if err := c.wanted(first, last); err != nil {
+		return nil, fmt.Errorf("scenario %s: after the run: %w", s.Name, err)
+	}
+	return c, nil
+}
+
+// barriers reads the tree at the beginning of each epoch, and at the end of the run: each must be whole, and none comes
+// back after another one.
+func (c *Run) barriers() error {
+	last := -1
+	for n := 0; ; n++ {
+		s, err := c.Recording.State(fmt.Sprintf("epoch=%d", n))
+		if err != nil {
+			break
+		}
+		tree, err := c.read(s, 0, true)
+		if err != nil {
+			return fmt.Errorf("at barrier %d: %w", n, err)
+		}
+		d := treeDigest(tree)
+		k, ok := c.allowed[d]
+		if !ok {
+			k = len(c.allowed)
+			c.allowed[d] = k
+		}
+		if k != last && k != last+1 {
+			return fmt.Errorf("at barrier %d: tree %d came back", n, k)
+		}
+		last = k
+		c.epochs = append(c.epochs, reachOf(tree))
+	}
+	c.Trees = len(c.allowed)
+	return nil
+}
+
+func reachOf(tree *fixtures.Tree) reach {
+	r := reach{live: map[uint32]bool{}, journal: map[uint32]bool{}}
+	add := func(m map[uint32]bool, runs []fixtures.Run) {
+		for _, x := range runs {
+			for i := range x.Count {
+				m[x.First+i] = true
+			}
+		}
+	}
+	add(r.live, tree.RootRuns)
+	for i := range tree.Entries {
+		if e := &tree.Entries[i]; strings.EqualFold(e.Path, "EFI/espmirror/journal") {
+			add(r.journal, e.Runs)
+		} else {
+			add(r.live, e.Runs)
+		}
+	}
+	return r
+}
+
+// wanted says whether the run did its job: what is selected is what the source has, and the rest is as it was.
+func (c *Run) wanted(before, after *fixtures.Tree) error {
+	selected := func(p string) bool {
+		p = strings.ToUpper(p)
+		for _, s := range c.Scenario.Select {
+			s = strings.ToUpper(s)
+			if s == "/" || p == s || strings.HasPrefix(p, s+"/") {
+				return true
+			}
+		}
+		return false
+	}
+	for p, content := range c.Scenario.After {
+		path, dir := strings.CutSuffix(p, "/")
+		if !selected(path) {
+			continue
+		}
+		e := after.Get(path)
+		if e == nil || e.Dir != dir {
+			return fmt.Errorf("%s is missing", p)
+		}
+		if dir {
+			continue
+		}
+		if b, err := after.Read(e); err != nil || string(b) != content {
+			return fmt.Errorf("%s has other content (%v)", p, err)
+		}
+	}
+	for i := range after.Entries {
+		e := &after.Entries[i]
+		if e.Dir || ours(e.Path) || !selected(e.Path) {
+			continue
+		}
+		if !c.Scenario.After.has(e.Path) {
+			return fmt.Errorf("%s should be gone", e.Path)
+		}
+	}
+	for i := range before.Entries {
+		e := &before.Entries[i]
+		if e.Dir || ours(e.Path) || selected(e.Path) {
+			continue
+		}
+		if a := after.Get(e.Path); a == nil || a.Size != e.Size || a.Sum != e.Sum || a.Attr != e.Attr || a.Times != e.Times || a.Short != e.Short || a.First != e.First {
+			return fmt.Errorf("%s is not selected and was changed", e.Path)
+		}
+	}
+	return nil
+}
+
+// has says whether a file of that name is in the tree, whatever its case.
+func (t Tree) has(path string) bool {
+	if _, ok := t[path]; ok {
+		return true
+	}
+	for p := range t {
+		if strings.EqualFold(p, path) {
+			return true
+		}
+	}
+	return false
+}
+
+// Visible judges what a reader without any replay sees through each of the given FAT copies, and returns the number of
+// the tree.
+func (c *Run) Visible(r Reader, copies ...int) (int, error) {
+	state := -1
+	for _, n := range copies {
+		tree, err := c.read(r, n, true)
+		if err != nil {
+			return 0, fmt.Errorf("FAT copy %d: %w", n, err)
+		}
+		k, ok := c.allowed[treeDigest(tree)]
+		if !ok {
+			return 0, fmt.Errorf("FAT copy %d shows a tree that is neither old nor new", n)
+		}
+		if state >= 0 && k != state {
+			return 0, fmt.Errorf("FAT copies show different trees, %d and %d", state, k)
+		}
+		state = k
+	}
+	return state, nil
+}
+
+// copies numbers the FAT copies.
+func (c *Run) copies() []int { return []int{0, 1}[:c.g.FATs] }
+
+// recover runs a recovery on dev.
+func (c *Run) recover(dev blockdev.Device) error {
+	_, err := replicate.Recover(context.Background(), &replicate.Target{Name: "cut", Dev: dev}, replicate.RecoverOptions{})
+	if err != nil {
+		return fmt.Errorf("recovery: %w", err)
+	}
+	return nil
+}
+
+// Recovered recovers a state, in which tree before was visible (-1: none need be), and judges the result: that tree or
+// the new one, no lost cluster that was not lost before the run, equal FAT copies, a true free count. A second recovery
+// must write nothing.
+func (c *Run) Recovered(dev blockdev.Device, before int) error {
+	if err := c.recover(dev); err != nil {
+		return err
+	}
+	return c.clean(dev, before)
+}
+
+// clean judges a state after recovery.
+func (c *Run) clean(dev blockdev.Device, before int) error {
+	for _, n := range c.copies() {
+		tree, err := c.read(dev, n, false)
+		if err != nil {
+			return fmt.Errorf("after recovery, FAT copy %d: %w", n, err)
+		}
+		k, ok := c.allowed[treeDigest(tree)]
+		if !ok || before >= 0 && k != before && k != c.Trees-1 {
+			return fmt.Errorf("after recovery, FAT copy %d shows tree %d, it was %d of %d", n, k, before, c.Trees-1)
+		}
+		if n > 0 {
+			continue // equal to copy 0, as is tested below
+		}
+		a, err := tree.Audit()
+		if err != nil {
+			return err
+		}
+		for _, l := range a.Lost {
+			if !c.lost[l] {
+				return fmt.Errorf("after recovery, cluster 0x%x is lost", l)
+			}
+		}
+		if len(a.Illegal) > 0 {
+			return fmt.Errorf("after recovery: %s", a.Illegal[0])
+		}
+		if boot, fat1, err := tree.DirtyFlags(); err != nil || [2]bool{boot, fat1} != c.dirty {
+			return fmt.Errorf("after recovery, the dirty flags are %v and %v, they were %v (%v)", boot, fat1, c.dirty, err)
+		}
+		if _, err := tree.CheckFSInfo(false); err != nil {
+			return fmt.Errorf("after recovery: %w", err)
+		}
+		if d, err := tree.DifferentFATs(); err != nil || len(d) > 0 {
+			return fmt.Errorf("after recovery, FAT copies differ in sectors %v (%v)", d, err)
+		}
+	}
+	again := blockdev.NewCounting(dev)
+	if err := c.recover(again); err != nil {
+		return fmt.Errorf("second %w", err)
+	}
+	if n := again.Counts().Writes; n != 0 {
+		return fmt.Errorf("the second recovery wrote %d times", n)
+	}
+	return nil
+}
