@@ -21,16 +21,15 @@ type allocator struct {
 // newAllocator reads the whole FAT.
 func newAllocator(v *Volume) (*allocator, error) {
 	a := &allocator{geo: &v.geo, taken: newBitmap(&v.geo)}
-	for c := Cluster(2); c <= v.geo.MaxCluster(); c++ {
-		e, err := v.fat.get(c)
-		if err != nil {
-			return nil, err
-		}
+	if err := v.fat.each(func(c Cluster, e uint32) error {
 		// A straddling FAT12 entry cannot be written in one piece, so it is never used.
 		if e == entryFree && !v.geo.straddles(c) {
 			a.free = appendCluster(a.free, c)
 			a.left++
 		}
+		return nil
+	}); err != nil {
+		return nil, err
 	}
 	a.total = a.left
 	a.setFree(a.free)

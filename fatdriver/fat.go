@@ -85,6 +85,31 @@ func (t *table) get(c Cluster) (uint32, error) {
 	return decodeEntry(t.geo.Type, c, p[off%pageSize:]), nil
 }
 
+// each calls f with the entry of every cluster, ascending; an error ends it.
+func (t *table) each(f func(c Cluster, e uint32) error) error {
+	typ := t.geo.Type
+	per := Cluster(pageSize * 8 / int(typ)) // entries of a page; FAT12 has but one page
+	for first := Cluster(0); first <= t.geo.MaxCluster(); first += per {
+		off, _ := entryOffset(typ, first)
+		t.mu.Lock()
+		p, err := t.page(off / pageSize)
+		t.mu.Unlock()
+		if err != nil {
+			return err
+		}
+		for c := max(first, 2); c <= min(first+per-1, t.geo.MaxCluster()); c++ {
+			o, n := entryOffset(typ, c)
+			if o -= off; o+int64(n) > int64(len(p)) {
+				return fmt.Errorf("cannot read FAT entry of cluster %d: beyond the end of the FAT", c)
+			}
+			if err := f(c, decodeEntry(typ, c, p[o:])); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
 // entryOffset is where in a FAT copy the entry of cluster c begins, and how many bytes it touches. On FAT12 the two
 // bytes may lie in two sectors (fatgen103, "FAT12 entries"); the whole table is smaller than a page.
 func entryOffset(t Type, c Cluster) (off int64, n int) {

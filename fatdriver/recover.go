@@ -52,36 +52,22 @@ func (v *Volume) MendFATs() (int64, error) {
 
 // possible returns ErrDamaged when an entry of copy 0 is one that no FAT writer leaves behind: 1, or beyond the volume.
 func (v *Volume) possible() error {
-	for c := Cluster(2); c <= v.geo.MaxCluster(); c++ {
-		e, err := v.fat.get(c)
-		if err != nil {
-			return err
-		}
+	return v.fat.each(func(c Cluster, e uint32) error {
 		if e == 1 || e > uint32(v.geo.MaxCluster()) && e < entryBad {
 			return fmt.Errorf("%w: the FAT copies differ, and in copy 0 the entry of cluster %d is 0x%x", ErrDamaged, c, e)
 		}
-	}
-	return nil
+		return nil
+	})
 }
 
 // lost calls f for each cluster that is allocated in the FAT and that no file or directory has.
 func (t *Tree) lost(f func(c Cluster, entry uint32) error) error {
-	for c := Cluster(2); c <= t.vol.geo.MaxCluster(); c++ {
-		if t.used.has(c) {
-			continue
+	return t.vol.fat.each(func(c Cluster, e uint32) error {
+		if e == entryFree || e == entryBad || t.used.has(c) {
+			return nil
 		}
-		e, err := t.vol.fat.get(c)
-		if err != nil {
-			return err
-		}
-		if e == entryFree || e == entryBad {
-			continue
-		}
-		if err := f(c, e); err != nil {
-			return err
-		}
-	}
-	return nil
+		return f(c, e)
+	})
 }
 
 // Lost lists the clusters that are allocated and that nobody can reach.
@@ -158,16 +144,13 @@ func (t *Tree) Release(sets ...[]Run) (int64, error) {
 // FreeClusters counts the free entries of the FAT.
 func (v *Volume) FreeClusters() (int64, error) {
 	var n int64
-	for c := Cluster(2); c <= v.geo.MaxCluster(); c++ {
-		e, err := v.fat.get(c)
-		if err != nil {
-			return 0, err
-		}
+	err := v.fat.each(func(_ Cluster, e uint32) error {
 		if e == entryFree {
 			n++
 		}
-	}
-	return n, nil
+		return nil
+	})
+	return n, err
 }
 
 // MendFSInfo writes the true free count where FSInfo says something else, or, with onlyUnknown, where it says nothing. It
