@@ -21,16 +21,24 @@ type allocator struct {
 // newAllocator reads the whole FAT.
 func newAllocator(v *Volume) (*allocator, error) {
 	a := &allocator{geo: &v.geo, taken: newBitmap(&v.geo)}
-	if err := v.fat.each(func(c Cluster, e uint32) error {
-		// A straddling FAT12 entry cannot be written in one piece, so it is never used.
-		if e == entryFree && !v.geo.straddles(c) {
-			a.free = appendCluster(a.free, c)
-			a.left++
+	next := Cluster(2)
+	free := func(end Cluster) {
+		for ; next < end; next++ {
+			// A straddling FAT12 entry cannot be written in one piece, so it is never used.
+			if !v.geo.straddles(next) {
+				a.free = appendCluster(a.free, next)
+				a.left++
+			}
 		}
+		next++ // end itself is used
+	}
+	if err := v.fat.eachUsed(func(c Cluster, _ uint32) error {
+		free(c)
 		return nil
 	}); err != nil {
 		return nil, err
 	}
+	free(v.geo.MaxCluster() + 1)
 	a.total = a.left
 	a.setFree(a.free)
 	return a, nil

@@ -85,11 +85,16 @@ func (t *table) get(c Cluster) (uint32, error) {
 	return decodeEntry(t.geo.Type, c, p[off%pageSize:]), nil
 }
 
-// each calls f with the entry of every cluster, ascending; an error ends it.
-func (t *table) each(f func(c Cluster, e uint32) error) error {
-	typ := t.geo.Type
+// eachUsed calls f with the entry of every cluster that is not free, ascending; an error ends it. Most of a FAT is
+// zeros, and these are passed over by the word.
+func (t *table) eachUsed(f func(c Cluster, e uint32) error) error {
+	typ, last := t.geo.Type, t.geo.MaxCluster()
 	per := Cluster(pageSize * 8 / int(typ)) // entries of a page; FAT12 has but one page
-	for first := Cluster(0); first <= t.geo.MaxCluster(); first += per {
+	word := Cluster(64 / int(typ))          // whole entries of 8 bytes
+	if typ == FAT12 {
+		word = 0
+	}
+	for first := Cluster(0); first <= last; first += per {
 		off, _ := entryOffset(typ, first)
 		t.mu.Lock()
 		p, err := t.page(off / pageSize)
@@ -97,12 +102,22 @@ func (t *table) each(f func(c Cluster, e uint32) error) error {
 		if err != nil {
 			return err
 		}
-		for c := max(first, 2); c <= min(first+per-1, t.geo.MaxCluster()); c++ {
-			o, n := entryOffset(typ, c)
-			if o -= off; o+int64(n) > int64(len(p)) {
-				return fmt.Errorf("cannot read FAT entry of cluster %d: beyond the end of the FAT", c)
+		end := min(first+per-1, last)
+		if o, n := entryOffset(typ, end); o-off+int64(n) > int64(len(p)) {
+			return fmt.Errorf("cannot read FAT entry of cluster %d: beyond the end of the FAT", end)
+		}
+		for c := max(first, 2); c <= end; c++ {
+			o, _ := entryOffset(typ, c)
+			o -= off
+			if word > 0 && c%word == 0 && o+8 <= int64(len(p)) && binary.LittleEndian.Uint64(p[o:]) == 0 {
+				c += word - 1
+				continue
 			}
-			if err := f(c, decodeEntry(typ, c, p[o:])); err != nil {
+			e := decodeEntry(typ, c, p[o:])
+			if e == entryFree {
+				continue
+			}
+			if err := f(c, e); err != nil {
 				return err
 			}
 		}

@@ -52,7 +52,7 @@ func (v *Volume) MendFATs() (int64, error) {
 
 // possible returns ErrDamaged when an entry of copy 0 is one that no FAT writer leaves behind: 1, or beyond the volume.
 func (v *Volume) possible() error {
-	return v.fat.each(func(c Cluster, e uint32) error {
+	return v.fat.eachUsed(func(c Cluster, e uint32) error {
 		if e == 1 || e > uint32(v.geo.MaxCluster()) && e < entryBad {
 			return fmt.Errorf("%w: the FAT copies differ, and in copy 0 the entry of cluster %d is 0x%x", ErrDamaged, c, e)
 		}
@@ -62,8 +62,8 @@ func (v *Volume) possible() error {
 
 // lost calls f for each cluster that is allocated in the FAT and that no file or directory has.
 func (t *Tree) lost(f func(c Cluster, entry uint32) error) error {
-	return t.vol.fat.each(func(c Cluster, e uint32) error {
-		if e == entryFree || e == entryBad || t.used.has(c) {
+	return t.vol.fat.eachUsed(func(c Cluster, e uint32) error {
+		if e == entryBad || t.used.has(c) {
 			return nil
 		}
 		return f(c, e)
@@ -143,11 +143,9 @@ func (t *Tree) Release(sets ...[]Run) (int64, error) {
 
 // FreeClusters counts the free entries of the FAT.
 func (v *Volume) FreeClusters() (int64, error) {
-	var n int64
-	err := v.fat.each(func(_ Cluster, e uint32) error {
-		if e == entryFree {
-			n++
-		}
+	n := int64(v.geo.Clusters)
+	err := v.fat.eachUsed(func(Cluster, uint32) error {
+		n--
 		return nil
 	})
 	return n, err
