@@ -26,11 +26,11 @@ func setting(name string, n int) int {
 // TestPowerCut cuts generated runs wherever they can be cut.
 func TestPowerCut(t *testing.T) {
 	from, n := setting("ESPMIRROR_SEED", 1), setting("ESPMIRROR_SEEDS", 500)
-	b := Budget{Read: 4096, Recover: 60, Random: 10, Torn: 60, Twice: 12, TwiceStep: 6, Thrice: 4, ThriceStep: 8}
+	b := Budget{Read: 4096, Recover: 60, Random: 10, Torn: 60, Twice: 12, TwiceStep: 6, Thrice: 4, ThriceStep: 8, Samples: 2}
 	if testing.Short() {
 		n = min(n, 50)
 	}
-	seeds := make(chan int)
+	seeds, dir := make(chan int), t.TempDir()
 	var mu sync.Mutex
 	var all Tally
 	var wg sync.WaitGroup
@@ -49,7 +49,12 @@ func TestPowerCut(t *testing.T) {
 					if err != nil {
 						return Tally{}, err
 					}
-					return c.Explore(b, nil)
+					o, err := c.NewOutside(dir)
+					if err != nil {
+						return Tally{}, err
+					}
+					defer o.Close()
+					return c.Explore(b, o.Judge)
 				}()
 				mu.Lock()
 				if err != nil {

@@ -70,9 +70,12 @@ func (v *Violation) Error() string {
 
 func (v *Violation) Unwrap() error { return v.Err }
 
-// Explore cuts a run wherever the budget allows. sample, if not nil, gets every so-maniest state of the Recover phase,
-// not recovered, with the number of the tree that is visible. The error is a *Violation.
-func (c *Run) Explore(b Budget, sample func(*fixtures.State, int) error) (Tally, error) {
+// Sampler judges a state by other means: as the cut left it, with the number of the tree that is visible in it, and
+// recovered, which lies on top of it.
+type Sampler func(cut *fixtures.State, tree int, recovered *fixtures.State) error
+
+// Explore cuts a run wherever the budget allows. sample may be nil. The error is a *Violation.
+func (c *Run) Explore(b Budget, sample Sampler) (Tally, error) {
 	t := Tally{Scenarios: 1, Epochs: int64(len(c.epochs))}
 	if c.Trees == 1 {
 		t.Unchanged = 1
@@ -81,7 +84,7 @@ func (c *Run) Explore(b Budget, sample func(*fixtures.State, int) error) (Tally,
 	for _, phase := range []struct {
 		name string
 		do   func() error
-	}{{"legal FAT entries", x.legal}, {"reading", x.reading}, {"recovering", x.recovering}, {"tearing", x.tearing}} {
+	}{{"legal FAT entries", x.legal}, {"reading", x.reading}, {"recovering", x.recovering}, {"other judges", x.sampling}, {"tearing", x.tearing}} {
 		x.phase, x.lines = phase.name, nil
 		if err := phase.do(); err != nil {
 			return t, &Violation{Scenario: c.Scenario, Phase: x.phase, Lines: x.lines, Err: err}
@@ -94,10 +97,11 @@ type explorer struct {
 	*Run
 	b      Budget
 	t      *Tally
-	sample func(*fixtures.State, int) error
+	sample Sampler
 	phase  string
 	lines  []string
 	leaf   int
+	leaves []string // lines of the states of the Recover phase
 }
 
 // lazily explores rec and puts the line of a state that fails in front of those of the states on top of it.
@@ -151,12 +155,8 @@ func (x *explorer) recovering() error {
 		if err := x.clean(r.State, k, false); err != nil {
 			return err
 		}
-		if x.sample != nil && x.b.Samples > 0 && (leaf-1)%x.sampleStep() == 0 {
-			s.Settle()
-			x.t.Samples++
-			if err := x.sample(s, k); err != nil {
-				return err
-			}
+		if x.sample != nil {
+			x.leaves = append(x.leaves, s.Line())
 		}
 		if x.b.Twice == 0 || leaf%max(x.b.TwiceStep, 1) != 0 {
 			return nil
@@ -166,8 +166,33 @@ func (x *explorer) recovering() error {
 	})
 }
 
-// sampleStep spreads the samples over about as many states as most runs have.
-func (x *explorer) sampleStep() int { return max(1, 150/x.b.Samples) }
+// sampling hands out states, evenly spread over those of the Recover phase.
+func (x *explorer) sampling() error {
+	if x.sample == nil {
+		return nil
+	}
+	for i := range min(x.b.Samples, len(x.leaves)) {
+		line := x.leaves[i*len(x.leaves)/min(x.b.Samples, len(x.leaves))]
+		s, err := x.Recording.State(line)
+		if err != nil {
+			return err
+		}
+		x.lines = []string{line}
+		k, err := x.Visible(s, x.copies()...)
+		if err != nil {
+			return err
+		}
+		r := fixtures.NewRecorder(s, x.g.unit())
+		if err := x.recover(r); err != nil {
+			return err
+		}
+		x.t.Samples++
+		if err := x.sample(s, k, r.State); err != nil {
+			return err
+		}
+	}
+	return nil
+}
 
 // again explores the recording of a recovery, in whose beginning tree k was visible.
 func (x *explorer) again(rec *fixtures.Recording, k, depth int) error {
