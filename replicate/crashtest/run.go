@@ -280,11 +280,11 @@ func (c *Run) Recovered(dev blockdev.Device, before int) error {
 	if err := c.recover(dev); err != nil {
 		return err
 	}
-	return c.clean(dev, before)
+	return c.clean(dev, before, false)
 }
 
-// clean judges a state after recovery.
-func (c *Run) clean(dev blockdev.Device, before int) error {
+// clean judges a state after recovery; with anyLost, whatever clusters are lost.
+func (c *Run) clean(dev blockdev.Device, before int, anyLost bool) error {
 	for _, n := range c.copies() {
 		tree, err := c.read(dev, n, false)
 		if err != nil {
@@ -302,7 +302,7 @@ func (c *Run) clean(dev blockdev.Device, before int) error {
 			return err
 		}
 		for _, l := range a.Lost {
-			if !c.lost[l] {
+			if !anyLost && !c.lost[l] {
 				return fmt.Errorf("after recovery, cluster 0x%x is lost", l)
 			}
 		}
