@@ -30,6 +30,7 @@ var Checks = []Check{
 	{"end of the run", (*Run).ended},
 	{"sync after a cut", (*Run).resync},
 	{"somebody else writes", (*Run).foreign},
+	{"somebody else writes during the run", (*Run).meddled},
 	{"garbage in the commit sector", (*Run).garbage},
 	{"damage", (*Run).damaged},
 	{"failed flush", (*Run).failedFlush},
@@ -230,7 +231,7 @@ func (c *Run) resync() error {
 			err = fmt.Errorf("tree %d of %d", k, c.Trees-1)
 		}
 		if err == nil {
-			err = c.clean(r.State, k)
+			err = c.clean(r.State, k, false)
 		}
 		if err != nil {
 			return fmt.Errorf("after the next sync: %w", err)
@@ -274,6 +275,11 @@ func (c *Run) commits(f func(epoch int, off int64, before, after []byte) error) 
 		}
 	}
 	return nil
+}
+
+func (c *Run) countCommits() (n int) {
+	_ = c.commits(func(int, int64, []byte, []byte) error { n++; return nil })
+	return n
 }
 
 // touch sets the time of the first file or directory in a sector of a directory to one that nobody else sets.
@@ -408,6 +414,56 @@ func (c *Run) foreign() error {
 	})
 }
 
+// meddling changes a sector when the first FAT entry of a run is written.
+type meddling struct {
+	*fixtures.Recorder
+	fat  func(off int64) bool
+	off  int64
+	done []byte
+}
+
+func (d *meddling) WriteAt(p []byte, off int64) (int, error) {
+	if d.done == nil && d.fat(off) {
+		b := make([]byte, d.SectorSize())
+		if _, err := d.ReadAt(b, d.off); err != nil {
+			return 0, err
+		}
+		touch(b)
+		d.done = b
+		if _, err := d.Recorder.WriteAt(b, d.off); err != nil {
+			return 0, err
+		}
+	}
+	return d.Recorder.WriteAt(p, off)
+}
+
+// meddled lets another system write to the commit sector while the run builds. That is not covered by any claim, but it
+// is looked for, and what the other one wrote must not be overwritten.
+func (c *Run) meddled() error {
+	if len(c.epochs[0].journal) == 0 || c.countCommits() != 1 {
+		return nil // the first write to the FAT may belong to an earlier transaction, and the plan comes after it
+	}
+	return c.commits(func(n int, off int64, before, _ []byte) error {
+		if !touch(bytes.Clone(before)) {
+			return nil
+		}
+		d := &meddling{Recorder: fixtures.NewRecorder(c.Recording.Base, c.g.unit()), off: off,
+			fat: func(off int64) bool { k, _ := c.fat(off / int64(c.g.unit())); return k == 0 }}
+		res, err := syncTo(d, c.Scenario.After, c.Scenario.Options())
+		if err == nil {
+			err = res.Err
+		}
+		b := make([]byte, c.g.unit())
+		if _, rerr := d.ReadAt(b, off); rerr != nil {
+			return rerr
+		}
+		if !errors.Is(err, fatdriver.ErrChanged) || !bytes.Equal(b, d.done) {
+			return fmt.Errorf("the commit sector at 0x%x was changed by another: the run returned %v", off, err)
+		}
+		return nil
+	})
+}
+
 // garbage turns each commit sector into something that nobody would write (T3). Recovery makes the tree old or new again,
 // also when it is cut.
 func (c *Run) garbage() error {
@@ -419,12 +475,9 @@ func (c *Run) garbage() error {
 		if k, ok := c.allowed[treeDigest(tree)]; !ok || k != 0 && k != c.Trees-1 {
 			return fmt.Errorf("recovery ends with tree %d of %d", k, c.Trees-1)
 		}
-		return c.clean(s, -1)
+		return c.clean(s, -1, false)
 	}
-	all := 0
-	if err := c.commits(func(int, int64, []byte, []byte) error { all++; return nil }); err != nil {
-		return err
-	}
+	all := c.countCommits()
 	return c.commits(func(n int, off int64, before, after []byte) error {
 		for kind, spoil := range []func(b []byte){
 			func(b []byte) { clear(b) },

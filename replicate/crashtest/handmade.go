@@ -20,13 +20,48 @@ type Handmade struct {
 // Base makes the target as it is before the run.
 func (h *Handmade) Base() (*fixtures.Sparse, error) {
 	dev, err := h.Volume()
-	if err != nil || h.patch == nil {
-		return dev, err
+	if err != nil {
+		return nil, err
 	}
-	if err := h.patch(dev); err != nil {
-		return nil, fmt.Errorf("cannot make the volume of scenario %s: %w", h.Name, err)
+	for _, patch := range []func(blockdev.Device) error{stale, h.patch} {
+		if patch == nil {
+			continue
+		}
+		if err := patch(dev); err != nil {
+			return nil, fmt.Errorf("cannot make the volume of scenario %s: %w", h.Name, err)
+		}
 	}
 	return dev, nil
+}
+
+// stale fills free clusters, in the part of the volume that is used first, with what a directory of a long gone past
+// looks like: what is not written must not be read.
+func stale(dev blockdev.Device) error {
+	tree, err := fixtures.ReadStrict(dev, dev.Size(), 0)
+	if err != nil {
+		return err
+	}
+	b := make([]byte, tree.ClusterSize)
+	for at := 0; at < len(b); at += 32 {
+		copy(b[at:], fmt.Sprintf("STALE%03dTXT ", at/32))
+	}
+	a, err := tree.Audit()
+	if err != nil {
+		return err
+	}
+	lost := map[uint32]bool{}
+	for _, c := range append(a.Lost, a.Bad...) {
+		lost[c] = true
+	}
+	for c := uint32(2); c < min(tree.Clusters+2, 1600); c++ {
+		if tree.Reachable(c) || lost[c] {
+			continue
+		}
+		if _, err := dev.WriteAt(b, tree.ClusterOffset(c)); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 var (
@@ -63,6 +98,7 @@ func HandmadeScenarios() []*Handmade {
 		t["EFI/Linux/a.efi"] = blob("new a", 2300)
 		t["EFI/Linux/a long name that needs some slots.efi"] = blob("new", 1100)
 		t["EFI/Linux/sub/deep/c.efi"] = blob("new c", 1300)
+		t["EFI/Linux/sub/two clusters.efi"] = blob("two", 2*512-2)
 	})
 	kernels := with(boot, func(t Tree) {
 		t["EFI/debian/vmlinuz-1"], t["EFI/debian/initrd-1"] = blob("vmlinuz 1", 1500), blob("initrd 1", 2500)
