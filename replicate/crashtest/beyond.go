@@ -154,8 +154,11 @@ func (c *Run) ended() error {
 	if len(c.Recording.Ops) == 0 {
 		return nil
 	}
-	s, _, err := c.final()
+	s, last, err := c.final()
 	if err != nil {
+		return err
+	}
+	if err := c.slack(s, last); err != nil {
 		return err
 	}
 	if err := c.reserved(s); err != nil {
@@ -167,6 +170,26 @@ func (c *Run) ended() error {
 	}
 	if n := count.Counts().Writes; n > 0 {
 		return fmt.Errorf("the run has left something to do: recovery wrote %d times", n)
+	}
+	return nil
+}
+
+// slack looks behind the ends of new files: nothing of what lay there before may stay.
+func (c *Run) slack(s Reader, tree *fixtures.Tree) error {
+	for i := range tree.Entries {
+		e := &tree.Entries[i]
+		if e.Dir || len(e.Runs) == 0 || int(e.Size)%c.layout.ClusterSize == 0 || c.epochs[0].live[e.First] || c.epochs[0].journal[e.First] {
+			continue
+		}
+		r := e.Runs[len(e.Runs)-1]
+		rest := c.layout.ClusterSize - int(e.Size)%c.layout.ClusterSize
+		b := make([]byte, rest)
+		if _, err := s.ReadAt(b, c.layout.ClusterOffset(r.First+r.Count)-int64(rest)); err != nil {
+			return err
+		}
+		if len(bytes.Trim(b, "\x00")) > 0 {
+			return fmt.Errorf("behind the end of %s are bytes of somebody else", e.Path)
+		}
 	}
 	return nil
 }

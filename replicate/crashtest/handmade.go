@@ -157,9 +157,75 @@ func HandmadeScenarios() []*Handmade {
 	add("files in the root", fat16, rootOnly, rootFiles, rootOthers, Wear{}, behindEnd, one, two)
 	add("files leave the root", fat16, rootFiles, rootOnly, rootOthers, Wear{}, behindEnd, one, two)
 	add("another volume's journal", fat16, boot, replaced, microsoft, Wear{}, serial)
+	// One commit of several bytes, in both halves of a sector.
+	images := with(boot, func(t Tree) { t["A.IMG"], t["Z.IMG"] = blob("a", 700), blob("z", 900) })
+	changed := with(images, func(t Tree) { t["A.IMG"], t["Z.IMG"] = blob("new a", 900), blob("new z", 700) })
+	add("two files in one sector", fat16, images, changed, rootOthers, Wear{}, nil, "A.IMG", "Z.IMG")
+	// One that allocates nothing, and so has nothing to roll back but its sector.
+	add("a file leaves the root", fat16, images, with(images, func(t Tree) { delete(t, "Z.IMG") }), rootOthers, Wear{}, nil, "A.IMG", "Z.IMG")
+	add("a file joins the root", fat16, boot, with(boot, func(t Tree) { t[one] = blob("one", 700) }), rootOthers, Wear{}, behindEnd, one)
+	// The new directory and the journal in it have their entries in two FAT sectors.
+	add("no journal, border of a FAT sector", fat16, boot, replaced, microsoft, Wear{NoJournal: true}, func(dev blockdev.Device) error { return occupy(dev, 255) })
+	// EFI is full to its last slot, and so is the FAT sector that its cluster's entry is in.
+	packed := Tree{}
+	for i := range 10 {
+		packed[fmt.Sprintf("EFI/V%d/X", i)] = "x"
+	}
+	add("no journal, no slot for it", fat16, boot, rootOnly, packed, Wear{NoJournal: true}, func(dev blockdev.Device) error {
+		if err := plug(dev, "EFI"); err != nil {
+			return err
+		}
+		return occupy(dev, 256)
+	})
+	add("kernel in the root", fat32, boot, with(boot, func(t Tree) {
+		t[token+"/7.0/linux"], t["loader/loader.conf"] = blob("linux 7.0", 1500), "timeout 5\n"
+		t["loader/entries/7.conf"] = entry(token + "/7.0/linux")
+	}), microsoft, Wear{}, nil)
 	add("replace", fat32, boot, replaced, microsoft, Wear{}, topBits)
 	add("kernel update", fat32, kernels, updated, microsoft, Wear{}, topBits)
 	return all
+}
+
+// occupy makes clusters of nobody of all free ones below a number.
+func occupy(dev blockdev.Device, below uint32) error {
+	tree, err := fixtures.ReadStrict(dev, dev.Size(), 0)
+	if err != nil {
+		return err
+	}
+	p := fixtures.Patcher{Tree: tree, RW: dev}
+	for c := uint32(2); c < below; c++ {
+		if tree.Reachable(c) {
+			continue
+		}
+		if err := p.SetFAT(c, 0x0FFFFFFF); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// plug puts an empty file into each deleted slot of a directory.
+func plug(dev blockdev.Device, path string) error {
+	tree, err := fixtures.ReadStrict(dev, dev.Size(), 0)
+	if err != nil {
+		return err
+	}
+	for _, x := range tree.Extents(tree.Get(path)) {
+		b := make([]byte, x.Len)
+		if _, err := dev.ReadAt(b, x.Off); err != nil {
+			return err
+		}
+		for at := 0; at < len(b); at += 32 {
+			if b[at] == 0xE5 {
+				clear(b[at : at+32])
+				copy(b[at:], fmt.Sprintf("PLUG%03dTXT ", at/32))
+			}
+		}
+		if _, err := dev.WriteAt(b, x.Off); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // straddle gives two of the files that will be replaced a last cluster whose FAT12 entry lies in two sectors, as every
