@@ -158,6 +158,12 @@ func (c *Run) ended() error {
 	if err != nil {
 		return err
 	}
+	for i := range last.Entries {
+		e := &last.Entries[i]
+		if !ours(e.Path) && c.layout.Get(e.Path) == nil && !e.Dir && !c.Scenario.After.has(e.Path) {
+			return fmt.Errorf("%s is new, and nobody wanted it", e.Path)
+		}
+	}
 	if err := c.slack(s, last); err != nil {
 		return err
 	}
@@ -443,10 +449,12 @@ type meddling struct {
 	fat  func(off int64) bool
 	off  int64
 	done []byte
+	over bool // the commit came before any FAT entry
 }
 
 func (d *meddling) WriteAt(p []byte, off int64) (int, error) {
-	if d.done == nil && d.fat(off) {
+	d.over = d.over || off == d.off
+	if d.done == nil && !d.over && d.fat(off) {
 		b := make([]byte, d.SectorSize())
 		if _, err := d.ReadAt(b, d.off); err != nil {
 			return 0, err
@@ -479,6 +487,9 @@ func (c *Run) meddled() error {
 		b := make([]byte, c.g.unit())
 		if _, rerr := d.ReadAt(b, off); rerr != nil {
 			return rerr
+		}
+		if d.done == nil {
+			return nil // nothing was built
 		}
 		if !errors.Is(err, fatdriver.ErrChanged) || !bytes.Equal(b, d.done) {
 			return fmt.Errorf("the commit sector at 0x%x was changed by another: the run returned %v", off, err)
@@ -692,6 +703,9 @@ func (c *Run) lostWrites() error {
 				}
 			}
 		}
+	}
+	if len(fresh[false])+len(fresh[true]) == 0 {
+		return nil // nothing is built
 	}
 	cluster := func(off int64) uint32 {
 		if off -= c.layout.ClusterOffset(2); off >= 0 {

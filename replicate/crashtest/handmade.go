@@ -117,9 +117,9 @@ func HandmadeScenarios() []*Handmade {
 		t["EFI/debian/vmlinuz-2"] = blob("vmlinuz 2", 1700)
 		t["loader/entries/2.conf"] = entry("EFI/debian/vmlinuz-2")
 	})
-	// Entries of others fill the directory EFI but for a few slots.
+	// Entries of others, two of ours and espmirror's fill the one cluster of the directory EFI to its last slot.
 	full := Tree{}
-	for i := range 11 {
+	for i := range 9 {
 		full[fmt.Sprintf("EFI/V%d/X", i)] = "x"
 	}
 	vendors := with(boot, func(t Tree) {
@@ -151,6 +151,7 @@ func HandmadeScenarios() []*Handmade {
 	add("no journal", fat16, boot, replaced, microsoft, Wear{NoJournal: true, Holes: 20}, nil)
 	add("replace", fat12, boot, replaced, microsoft, Wear{Holes: 30}, nil)
 	add("others' straddling clusters", fat12, boot, replaced, microsoft, Wear{}, straddle)
+	add("at a straddling entry", fat12, boot, replaced, microsoft, Wear{}, func(dev blockdev.Device) error { return occupy(dev, 1360) })
 	add("kernel update", fat12, kernels, updated, microsoft, Wear{Holes: 30}, nil)
 	add("EFI is full", fat16, boot, vendors, full, Wear{Holes: 40}, nil, vendorSelect...)
 	add("EFI is full, no journal", fat16, boot, vendors, full, Wear{Holes: 40, NoJournal: true}, nil, vendorSelect...)
@@ -166,12 +167,8 @@ func HandmadeScenarios() []*Handmade {
 	add("a file joins the root", fat16, boot, with(boot, func(t Tree) { t[one] = blob("one", 700) }), rootOthers, Wear{}, behindEnd, one)
 	// The new directory and the journal in it have their entries in two FAT sectors.
 	add("no journal, border of a FAT sector", fat16, boot, replaced, microsoft, Wear{NoJournal: true}, func(dev blockdev.Device) error { return occupy(dev, 255) })
-	// EFI is full to its last slot, and so is the FAT sector that its cluster's entry is in.
-	packed := Tree{}
-	for i := range 10 {
-		packed[fmt.Sprintf("EFI/V%d/X", i)] = "x"
-	}
-	add("no journal, no slot for it", fat16, boot, rootOnly, packed, Wear{NoJournal: true}, func(dev blockdev.Device) error {
+	// EFI is full, and so is the FAT sector that its cluster's entry is in.
+	add("no journal, no slot for it", fat16, boot, rootOnly, full, Wear{NoJournal: true}, func(dev blockdev.Device) error {
 		if err := plug(dev, "EFI"); err != nil {
 			return err
 		}

@@ -86,9 +86,9 @@ var Table = []Mutant{
 	{Name: "error of a flush ignored", Breaks: "a flush that fails counts as done",
 		Patches: []Patch{{txGo, "return tx.v.dev.Flush()", "return tx.v.dev.Flush()", "err := tx.v.dev.Flush()\nif mutant(\"error of a flush ignored\") {\nreturn nil\n}\nreturn err"}}},
 	{Name: "goes on after a failed flush", Breaks: "the run rolls back through a cache that lies",
-		Patches: append(append(and("goes on after a failed flush", buildGo, "!errors.Is(err, blockdev.ErrFlushFailed)"),
-			Patch{buildGo, "if !committing && ", "!committing && ", `mutant("goes on after a failed flush") || !committing && `}),
-			Patch{latchGo, "func (l *latch) WriteAt(", "l.failed.Load()", `l.failed.Load() && !mutant("goes on after a failed flush")`})},
+		Patches: []Patch{
+			{buildGo, "if !committing && ", "!committing && ", `mutant("goes on after a failed flush") || !committing && `},
+			{latchGo, "func (l *latch) WriteAt(", "l.failed.Load()", `l.failed.Load() && !mutant("goes on after a failed flush")`}}},
 
 	// Creation of the journal, and directories that grow.
 	{Name: "no flush of the stamps", Breaks: "the clusters of a new journal are taken before its content is on the medium", First: "no journal",
@@ -206,8 +206,8 @@ var Table = []Mutant{
 		Patches: and("intermediate shadow stays", planGo, "!final[d]")},
 	{Name: "one FAT copy only", Breaks: "FAT copy 1 is not written", Patches: []Patch{
 		{fatWriteGo, "for n := 0; n < e.v.geo.NumFATs; n++ {", "n < e.v.geo.NumFATs", `n < e.v.geo.NumFATs && !(n > 0 && mutant("one FAT copy only"))`}}},
-	{Name: "straddling cluster allocated", Breaks: "a FAT12 entry that lies in two sectors is used", First: "FAT12",
-		Patches: and("straddling cluster allocated", allocGo, "!v.geo.straddles(next)")},
+	{Name: "straddling cluster allocated", Breaks: "a FAT12 entry that lies in two sectors is used", First: "at a straddling",
+		Patches: []Patch{{allocGo, "!v.geo.straddles(next)", "!v.geo.straddles(next)", `!v.geo.straddles(next) || mutant("straddling cluster allocated")`}}},
 	{Name: "no flush between halves", Breaks: "both halves of a straddling FAT12 entry are freed in one epoch", First: "straddling",
 		Patches: noFlush("no flush between halves", fatWriteGo, "// The other halves must not reach the medium", "v.dev.Flush()")},
 	{Name: "wrong half first", Breaks: "of a straddling FAT12 entry the half goes first that leaves an illegal value", First: "straddling", Patches: []Patch{
@@ -216,7 +216,7 @@ var Table = []Mutant{
 		{fatWriteGo, "if !v.geo.straddles(c) {", "!v.geo.straddles(c)", `!v.geo.straddles(c) || mutant("straddling entry freed at once")`}}},
 	{Name: "FAT12 neighbour", Breaks: "the half byte of the neighbour is lost", First: "FAT12", Patches: []Patch{
 		{fatGo, "old := le.Uint16(b)\n", "", "\nif mutant(\"FAT12 neighbour\") {\nold = 0\n}\n"}}},
-	{Name: "FAT32 top bits", Breaks: "the four reserved bits of a FAT32 entry are lost (I5)", First: "FAT32", Patches: []Patch{
+	{Name: "FAT32 top bits", Breaks: "the four reserved bits of a FAT32 entry are lost (I5)", First: "FAT32/512/1 replace", Patches: []Patch{
 		{fatGo, "le.PutUint32(b, le.Uint32(b)&0xF0000000|v&0x0FFFFFFF)", "le.PutUint32(b, le.Uint32(b)&0xF0000000|v&0x0FFFFFFF)",
 			"le.PutUint32(b, le.Uint32(b)&0xF0000000|v&0x0FFFFFFF)\nif mutant(\"FAT32 top bits\") {\nle.PutUint32(b, v&0x0FFFFFFF)\n}"}}},
 	{Name: "free count not made unknown", Breaks: "FSInfo says a wrong number while the run lasts", First: "FAT32", Patches: []Patch{
@@ -299,6 +299,8 @@ var Table = []Mutant{
 			"to, what := off+s, want[s:s+ss]\nif mutant(\"mends copy 0 from copy 1\") {\nto, what = g.FATOff+at+s, have[s:s+ss]\n}\nif _, err := v.dev.WriteAt(what, to)"}}},
 	{Name: "mends from a damaged copy", Breaks: "copy 1 is overwritten by a copy 0 that holds what nobody writes",
 		Patches: begin("mends from a damaged copy", mendGo, "func (v *Volume) possible() error {", "nil")},
+	{Name: "no flush of mended FATs", Breaks: "recovery may end before the mended copy is stable",
+		Patches: noFlush("no flush of mended FATs", recoverGo, "if rec.FATsMended = mended", "v.Device().Flush()")},
 	{Name: "frees before it mends FATs", Breaks: "recovery frees in copies that still differ", Patches: []Patch{
 		{recoverGo, "mended, err := v.MendFATs()", "mended", `
 	if mutant("frees before it mends FATs") && pending != nil {
@@ -344,7 +346,4 @@ var Table = []Mutant{
 	{Name: "foreign journal: one slot", Breaks: "a journal that is made anew keeps a header of the other volume", First: "another volume", Patches: []Patch{
 		{logGo, "for i := range uint64(2) {", "", "\nif i > 0 && mutant(\"foreign journal: one slot\") {\nbreak\n}"}},
 		Redundant: "the first record overwrites that header, and until then there is nothing to undo"},
-	{Name: "no flush of mended FATs", Breaks: "copy 1 is mended and changed in one epoch",
-		Patches: noFlush("no flush of mended FATs", recoverGo, "if rec.FATsMended = mended", "v.Device().Flush()"),
-		Redundant: "what is reachable has the same entries in both copies, in whatever mixture, and every recovery mends them, record or not"},
 }
