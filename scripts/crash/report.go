@@ -110,6 +110,8 @@ func (rep *report) markdown() string {
 	f("| scenarios, generated from seeds | %s | %d |", commas(rep.Scenarios), len(rep.Violations))
 	f("| — of them refused by a guard, nothing written | %s | |", commas(t.Refused))
 	f("| — of them with nothing to do | %s | |", commas(t.Unchanged))
+	f("| — of them with several commits, one after the other | %s | |", commas(t.Several))
+	f("| — of them that create the journal first | %s | |", commas(t.Created))
 	f("| epochs between two flushes, of runs and of recoveries, enumerated completely | %s | |", commas(t.Whole))
 	f("| — larger than the limit: enumerated up to it, then sampled | %s | |", commas(t.Partial))
 	f("| crash states | %s | |", commas(rep.States))
