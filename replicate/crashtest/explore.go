@@ -26,8 +26,10 @@ type Budget struct {
 
 // Tally is what was explored.
 type Tally struct {
-	Scenarios, Refused, Unchanged int64
-	Epochs                        int64
+	// Scenarios are all; of these a guard Refused some, some had nothing to do, some had several commits one after the
+	// other, and some had to create the journal first.
+	Scenarios, Refused, Unchanged, Several, Created int64
+	Epochs                                          int64
 	// Read, Recovered, Torn, Twice and Thrice are the states of each phase.
 	Read, Recovered, Torn, Twice, Thrice int64
 	// Partial counts the epochs, of the run or of a recovery, that were larger than the limit; Whole the others.
@@ -41,6 +43,8 @@ func (t *Tally) Add(o Tally) {
 	t.Scenarios += o.Scenarios
 	t.Refused += o.Refused
 	t.Unchanged += o.Unchanged
+	t.Several += o.Several
+	t.Created += o.Created
 	t.Epochs += o.Epochs
 	t.Read += o.Read
 	t.Recovered += o.Recovered
@@ -77,8 +81,14 @@ type Sampler func(cut *fixtures.State, tree int, recovered *fixtures.State) erro
 // Explore cuts a run wherever the budget allows. sample may be nil. The error is a *Violation.
 func (c *Run) Explore(b Budget, sample Sampler) (Tally, error) {
 	t := Tally{Scenarios: 1, Epochs: int64(len(c.epochs))}
-	if c.Trees == 1 {
+	switch {
+	case c.Trees == 1:
 		t.Unchanged = 1
+	case c.Trees > 2:
+		t.Several = 1
+	}
+	if n := len(c.epochs); len(c.epochs[0].journal) == 0 && len(c.epochs[n-1].journal) > 0 {
+		t.Created = 1
 	}
 	x := &explorer{Run: c, b: b, t: &t, sample: sample}
 	for _, phase := range []struct {
@@ -152,7 +162,7 @@ func (x *explorer) recovering() error {
 		if err := x.recover(r); err != nil {
 			return err
 		}
-		if err := x.clean(r.State, k, false); err != nil {
+		if err := x.clean(r.State, k, false, len(r.Ops) > 0); err != nil {
 			return err
 		}
 		if x.sample != nil {
@@ -215,7 +225,7 @@ func (x *explorer) again(rec *fixtures.Recording, k, depth int) error {
 		if err := x.recover(r); err != nil {
 			return err
 		}
-		if err := x.clean(r.State, k2, false); err != nil {
+		if err := x.clean(r.State, k2, false, len(r.Ops) > 0); err != nil {
 			return err
 		}
 		if n++; depth == 3 || x.b.Thrice == 0 || n%max(x.b.ThriceStep, 1) != 0 {
@@ -243,7 +253,7 @@ func (x *explorer) tearing() error {
 }
 
 // recoveredTorn is Recovered for a state with torn sectors. Garbage in a FAT sector that no reader needs cannot be told
-// from entries that mean something: recovery may refuse such a volume, and then has written nothing, or find clusters
+// from entries that mean something: recovery may refuse such a volume, and then has written nothing, or leave clusters
 // lost that never were allocated.
 func (c *Run) recoveredTorn(s *fixtures.State, k int) error {
 	dev := blockdev.NewCounting(s)
@@ -255,12 +265,12 @@ func (c *Run) recoveredTorn(s *fixtures.State, k int) error {
 		guess = guess || n == 0 && !c.liveFAT(s.Epoch(), at)
 	}
 	switch {
-	case guess && errors.Is(err, fatdriver.ErrDamaged) && dev.Counts().Writes == 0:
+	case guess && err != nil && dev.Counts().Writes == 0:
 		return nil
 	case err != nil:
 		return err
 	}
-	return c.clean(s, k, guess)
+	return c.clean(s, k, guess, dev.Counts().Writes > 0)
 }
 
 // fat tells in which FAT copy a sector lies, -1 for none, and the number of bytes from the copy's beginning.
@@ -401,7 +411,7 @@ func (c *Run) Replay(lines []string) error {
 		if err := c.recover(r); err != nil {
 			return err
 		}
-		if err := c.clean(r.State, k, false); err != nil || i == len(lines)-1 {
+		if err := c.clean(r.State, k, false, true); err != nil || i == len(lines)-1 {
 			return err
 		}
 		rec = r.Recording()
