@@ -260,7 +260,7 @@ func (c *Run) resync() error {
 			err = fmt.Errorf("tree %d of %d", k, c.Trees-1)
 		}
 		if err == nil {
-			err = c.clean(r.State, k, false)
+			err = c.clean(r.State, k, false, true)
 		}
 		if err != nil {
 			return fmt.Errorf("after the next sync: %w", err)
@@ -506,10 +506,11 @@ func (c *Run) garbage() error {
 		if err != nil {
 			return err
 		}
-		if k, ok := c.allowed[treeDigest(tree)]; !ok || k != 0 && k != c.Trees-1 {
+		k, ok := c.allowed[treeDigest(tree)]
+		if !ok || k != 0 && k != c.Trees-1 {
 			return fmt.Errorf("recovery ends with tree %d of %d", k, c.Trees-1)
 		}
-		return c.clean(s, -1, false)
+		return c.clean(s, k, false, true)
 	}
 	all := c.countCommits()
 	return c.commits(func(n int, off int64, before, after []byte) error {
@@ -746,7 +747,10 @@ func (c *Run) lostWrites() error {
 		if n, err := c.Visible(d.State, 0); err != nil || n != 0 {
 			return fmt.Errorf("%s lost: tree %d is visible (%v)", k.name, n, err)
 		}
-		if err := c.Recovered(d.State, 0); err != nil {
+		if err = c.recover(d.State); err == nil {
+			err = c.clean(d.State, 0, false, true)
+		}
+		if err != nil {
 			return fmt.Errorf("%s lost: %w", k.name, err)
 		}
 	}
