@@ -29,6 +29,7 @@ var Checks = []Check{
 	{"order of commits", (*Run).ordered},
 	{"end of the run", (*Run).ended},
 	{"sync after a cut", (*Run).resync},
+	{"power cut after a kill", (*Run).killed},
 	{"somebody else writes", (*Run).foreign},
 	{"somebody else writes during the run", (*Run).meddled},
 	{"garbage in the commit sector", (*Run).garbage},
@@ -268,6 +269,60 @@ func (c *Run) resync() error {
 		return nil
 	})
 	return err
+}
+
+// killed ends the run's process in front of each flush. What it wrote is in a cache, where recovery and the next sync
+// see it like anything else; then the power goes.
+func (c *Run) killed() error {
+	var open []fixtures.Op
+	n := 0
+	for _, op := range c.Recording.Ops {
+		if !op.Flush {
+			open = append(open, op)
+			continue
+		}
+		if len(open) == 0 {
+			continue
+		}
+		for way, next := range map[string]func(blockdev.Device) error{
+			"recovery": c.recover,
+			"sync": func(dev blockdev.Device) error {
+				res, err := syncTo(dev, c.Scenario.After, c.Scenario.Options())
+				if err == nil {
+					err = res.Err
+				}
+				return err
+			},
+		} {
+			s, err := c.barrier(n)
+			if err != nil {
+				return err
+			}
+			r := fixtures.NewRecorder(s, c.g.unit())
+			for _, op := range open {
+				if _, err := r.WriteAt(op.Data, op.Off); err != nil {
+					return err
+				}
+			}
+			if err := next(r); err != nil {
+				return fmt.Errorf("%s after a kill in epoch %d: %w", way, n, err)
+			}
+			if _, err := r.Recording().ExploreLazy(fixtures.CrashOptions{Limit: 16, Random: 4, Seed: uint64(n)}, func(s *fixtures.State) error {
+				k, err := c.Visible(s, c.copies()...)
+				if err == nil {
+					err = c.recover(s)
+				}
+				if err == nil {
+					err = c.clean(s, k, false, true)
+				}
+				return err
+			}); err != nil {
+				return fmt.Errorf("%s after a kill in epoch %d, cut: %w", way, n, err)
+			}
+		}
+		open, n = nil, n+1
+	}
+	return nil
 }
 
 // commits calls f for each epoch that is the write of one sector of a directory that stays, once there is a journal.

@@ -100,6 +100,8 @@ var Table = []Mutant{
 	{Name: "stamps unknown", Breaks: "recovery does not know the leftovers of a creation", First: "no journal",
 		Patches: []Patch{{recoverGo, "sets = append(sets, stamped, blank)", "stamped, blank", `unless("stamps unknown", stamped), unless("blank clusters unknown", blank)`}}},
 	{Name: "blank clusters unknown", Breaks: "recovery does not know the leftovers of a directory that grew", First: "no slot"},
+	{Name: "no flush of the zeros", Breaks: "without a journal, new directory clusters are taken before they hold zeros", First: "no slot",
+		Patches: []Patch{{journalGo, "// Where no record names the cluster", "return tx.Flush()", `return skip("no flush of the zeros", tx.Flush)`}}},
 	{Name: "no B1 of a growing directory", Breaks: "a directory leads to its new clusters before they hold zeros", First: "no slot",
 		Patches: noStep("no B1 of a growing directory", journalGo, "// B1: the cluster must hold zeros", "tx.Flush")},
 	{Name: "new directory clusters not zeroed", Breaks: "a directory grows by what lay there", First: "no slot",
@@ -270,6 +272,8 @@ var Table = []Mutant{
 	{Name: "no recovery before a sync", Breaks: "a sync plans on a volume with an unfinished record", Patches: []Patch{
 		{syncGo, `rec, err := recoverVolume(s.vol, r.log.With("target", s.t.Name), thorough{})`, `rec, err := recoverVolume(s.vol, r.log.With("target", s.t.Name), thorough{})`,
 			"var rec *Recovery\nif !mutant(\"no recovery before a sync\") {\nrec, err = recoverVolume(s.vol, r.log.With(\"target\", s.t.Name), thorough{})\n} else {\nrec = &Recovery{Action: actNothing}\n}"}}},
+	{Name: "no flush before recovery", Breaks: "recovery acts on what a killed run left in a cache",
+		Patches: noFlush("no flush before recovery", recoverGo, "// What a killed run left in a cache", "v.Device().Flush()")},
 	{Name: "trusts a stale journal", Breaks: "rule R: a record is acted on though somebody else has written", First: "replace", Patches: []Patch{
 		{recoverGo, "d, err := journal.Decide(rec, st, read, plausible)", "", "\nif mutant(\"trusts a stale journal\") && err == nil && d.Action == journal.Stale {\nreturn journal.Decision{Action: journal.RollForward}, nil\n}"}}},
 	{Name: "no digest check", Breaks: "rule R: rolls forward over content that is not what the record says", First: "kernel",
