@@ -88,6 +88,7 @@ var Table = []Mutant{
 	{Name: "goes on after a failed flush", Breaks: "the run rolls back through a cache that lies",
 		Patches: []Patch{
 			{buildGo, "if !committing && ", "!committing && ", `mutant("goes on after a failed flush") || !committing && `},
+			{latchGo, "func (l *latch) Flush() error {", "l.failed.Load()", `l.failed.Load() && !mutant("goes on after a failed flush")`},
 			{latchGo, "func (l *latch) WriteAt(", "l.failed.Load()", `l.failed.Load() && !mutant("goes on after a failed flush")`}}},
 
 	// Creation of the journal, and directories that grow.
