@@ -649,9 +649,8 @@ func (pl *planner) slotOff(n *Node, i int) int64 {
 	panic("internal error: slot beyond the end of its directory")
 }
 
-// insert puts a new group into a parent: into deleted slots that lie in one sector, or behind the last entry. Behind the
-// last entry it may span sectors: blocks are written from the end of the directory towards its beginning, so what lies
-// behind the end marker is in place before the marker goes.
+// insert puts a new group into a parent: into deleted slots that lie in one sector, or behind the last entry, where it may
+// span sectors; blocks sees to their order.
 func (pl *planner) insert(parent *Node, group []byte) error {
 	raw := pl.raw[parent]
 	k := len(group) / slotSize
@@ -715,26 +714,59 @@ func (pl *planner) insert(parent *Node, group []byte) error {
 
 func zero(b []byte) bool { return len(bytes.Trim(b, "\x00")) == 0 }
 
-// blocks compares a parent before and after a step, sector by sector from its end, and appends a block for each that
-// differs. From the end, because of insert; and because a deleted entry whose slots lie in two sectors must lose its
-// short slot, which is the last, before its long name.
+// blocks compares a parent before and after a step, sector by sector, and appends a block for each write that leads from
+// one to the other.
+//
+// It goes from the end to the beginning, so that a deleted entry whose slots lie in two sectors loses its short slot,
+// which is the last, before its long name; and so that what lies behind the end marker is in place before the marker
+// goes. For firmware nothing behind the marker is there, but Linux reads on, and would see an entry without the long
+// name that is still to come. So new entries in sectors behind that of the marker are written with their short slots
+// marked deleted, which no reader sees, and come alive from the beginning to the end, after the marker has gone.
 func (pl *planner) blocks(parent *Node, before []byte, paths []string) {
 	if pl.need != nil {
 		return
 	}
 	raw := pl.raw[parent]
 	ss := pl.t.vol.geo.block()
-	for at := len(raw) - ss; at >= 0; at -= ss {
-		if bytes.Equal(before[at:at+ss], raw[at:at+ss]) {
-			continue
+	add := func(at int, old, now []byte) {
+		if bytes.Equal(old, now) {
+			return
 		}
 		pl.p.Blocks = append(pl.p.Blocks, Block{
 			Off:   pl.slotOff(parent, at/slotSize),
-			Old:   append([]byte(nil), before[at:at+ss]...),
-			New:   append([]byte(nil), raw[at:at+ss]...),
+			Old:   append([]byte(nil), old...),
+			New:   append([]byte(nil), now...),
 			Paths: paths,
 		})
 	}
+	marker := 0
+	for marker < len(before) && before[marker] != slotEnd {
+		marker += slotSize
+	}
+	behind := marker/ss*ss + ss // where the sector of the marker ends
+	for at := len(raw) - ss; at >= 0; at -= ss {
+		if now := raw[at : at+ss]; at >= behind && !bytes.Equal(before[at:at+ss], now) {
+			add(at, before[at:at+ss], asleep(now))
+		} else {
+			add(at, before[at:at+ss], now)
+		}
+	}
+	for at := behind; at < len(raw); at += ss {
+		if now := raw[at : at+ss]; !bytes.Equal(before[at:at+ss], now) {
+			add(at, asleep(now), now)
+		}
+	}
+}
+
+// asleep is a sector of a directory with every entry in it marked deleted; long-name slots stay as they are.
+func asleep(sector []byte) []byte {
+	b := bytes.Clone(sector)
+	for at := 0; at < len(b) && b[at] != slotEnd; at += slotSize {
+		if b[at+offAttr]&attrLongMask != attrLong {
+			b[at] = slotDeleted
+		}
+	}
+	return b
 }
 
 // finish sorts the plan and asserts the invariants.

@@ -147,7 +147,13 @@ func (x *explorer) reading() error {
 			return err
 		}
 	}
-	return nil
+	if x.stale {
+		return nil
+	}
+	return x.lazily(x.Recording, fixtures.CrashOptions{Limit: x.b.Read}, &x.t.Read, func(s *fixtures.State) error {
+		_, err := x.VisibleToLinux(s)
+		return err
+	})
 }
 
 // recovering reads, recovers and judges; some recoveries are cut in turn.

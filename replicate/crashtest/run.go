@@ -30,6 +30,7 @@ type Run struct {
 	lost    map[uint32]bool  // clusters that were lost before
 	dirty   [2]bool
 	layout  *fixtures.Tree
+	stale   bool // there is something behind the end of a directory that Linux would see
 }
 
 // reach is what a reader can reach when an epoch begins or ends.
@@ -72,7 +73,11 @@ func treeDigest(tree *fixtures.Tree) [32]byte {
 // read reads a state through one FAT copy, by EDK2's rules. Long-name slots without an entry are what a cut between two
 // commits may leave of one.
 func (c *Run) read(r Reader, copyNo int, orphans bool) (*fixtures.Tree, error) {
-	return fixtures.ReadStrictOptions(r, r.Size(), copyNo, fixtures.Options{Hash: c.memo.Hash, OrphanLongNames: orphans, Tail: fixtures.TailEDK2, Skip: ours})
+	return c.readTail(r, copyNo, orphans, fixtures.TailEDK2)
+}
+
+func (c *Run) readTail(r Reader, copyNo int, orphans bool, tail fixtures.Tail) (*fixtures.Tree, error) {
+	return fixtures.ReadStrictOptions(r, r.Size(), copyNo, fixtures.Options{Hash: c.memo.Hash, OrphanLongNames: orphans, Tail: tail, Skip: ours})
 }
 
 // Record runs the sync of a scenario on a recording device, collects the trees at its barriers, and checks that the
@@ -92,6 +97,9 @@ func record(s *Scenario, base fixtures.Base) (*Run, error) {
 		return nil, fmt.Errorf("cannot read the volume of scenario %s: %w", s.Name, err)
 	}
 	c.layout = first
+	if tree, err := c.readTail(base, 0, true, fixtures.TailLinux); err != nil || treeDigest(tree) != treeDigest(first) {
+		c.stale = true
+	}
 	lost, err := first.Lost()
 	if err != nil {
 		return nil, err
@@ -264,6 +272,23 @@ func (c *Run) Visible(r Reader, copies ...int) (int, error) {
 		state = k
 	}
 	return state, nil
+}
+
+// VisibleToLinux is Visible for a reader that does not stop at the end marker of a directory. It says -1 where there was
+// something behind one already.
+func (c *Run) VisibleToLinux(r Reader) (int, error) {
+	if c.stale {
+		return -1, nil
+	}
+	tree, err := c.readTail(r, 0, true, fixtures.TailLinux)
+	if err != nil {
+		return 0, fmt.Errorf("for Linux: %w", err)
+	}
+	k, ok := c.allowed[treeDigest(tree)]
+	if !ok {
+		return 0, errors.New("for Linux the tree is neither old nor new")
+	}
+	return k, nil
 }
 
 // copies numbers the FAT copies.
