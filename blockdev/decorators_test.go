@@ -136,6 +136,25 @@ func TestOverlayFaults(t *testing.T) {
 	if _, err := o.ReadAt(make([]byte, 3*overlayPage), 0); err != nil {
 		t.Error("a page that was written is read from below:", err)
 	}
+
+	// One sector cannot be read: the write that would mend it succeeds, one beside it does not.
+	o = NewOverlay(NewFaulty(below, func(op Op) error {
+		if op.Kind == OpRead && op.Off < 1024 && op.Off+int64(len(op.Data)) > 512 {
+			return syscall.EIO
+		}
+		return nil
+	}))
+	_, err = o.WriteAt(make([]byte, 512), 1024)
+	wantErr(t, err, syscall.EIO)
+	if _, err := o.WriteAt(make([]byte, 512), 512); err != nil {
+		t.Error(err)
+	}
+	got = make([]byte, overlayPage)
+	want := bytes.Clone(below.Bytes()[:overlayPage])
+	clear(want[512:1024])
+	if _, err := o.ReadAt(got, 0); err != nil || !bytes.Equal(got, want) {
+		t.Error("the rest of the page is not what is below:", err)
+	}
 }
 
 func TestCounting(t *testing.T) {

@@ -74,8 +74,8 @@ func (o *Overlay) ReadAt(p []byte, off int64) (int, error) {
 	return len(p), nil
 }
 
-// WriteAt implements Device. It fails only when it is out of range, or when a page that p covers in part cannot be read
-// from below; then nothing of p is visible.
+// WriteAt implements Device. It fails only when it is out of range, or when a sector beside p, in a page that p covers in
+// part, cannot be read from below; then nothing of p is visible.
 func (o *Overlay) WriteAt(p []byte, off int64) (int, error) {
 	if err := CheckRange(off, len(p), o.Size()); err != nil {
 		return 0, err
@@ -94,7 +94,7 @@ func (o *Overlay) WriteAt(p []byte, off int64) (int, error) {
 		start := page * overlayPage
 		own := make([]byte, min(overlayPage, o.Size()-start))
 		if start < off || start+int64(len(own)) > off+int64(len(p)) {
-			if _, err := o.below.ReadAt(own, start); err != nil {
+			if err := o.copyUp(own, start, off, off+int64(len(p))); err != nil {
 				return 0, fmt.Errorf("cannot copy page at offset 0x%x: %w", start, err)
 			}
 		}
@@ -109,4 +109,24 @@ func (o *Overlay) WriteAt(p []byte, off int64) (int, error) {
 	}
 	o.written += int64(len(p))
 	return len(p), nil
+}
+
+// copyUp reads the page at start, of which [from, to) is about to be written. Where it cannot be read as a whole, the
+// sectors that will be written over need not be read: a dry run of a repair is to succeed as the repair would.
+func (o *Overlay) copyUp(own []byte, start, from, to int64) error {
+	_, err := o.below.ReadAt(own, start)
+	unit := o.SectorSize()
+	if err == nil || unit <= 0 {
+		return err
+	}
+	for at := 0; at < len(own); at += unit {
+		part := own[at:min(at+unit, len(own))]
+		if off := start + int64(at); off >= from && off+int64(len(part)) <= to {
+			continue
+		}
+		if _, err := o.below.ReadAt(part, start+int64(at)); err != nil {
+			return err
+		}
+	}
+	return nil
 }
