@@ -118,3 +118,62 @@ func TestGarbageCommitSector(t *testing.T) {
 		}
 	}
 }
+
+// TestGarbageAfterCommit spoils the commit sector when the commit was stable already and the old clusters are becoming
+// free: the record has both images, and only the new tree is whole.
+func TestGarbageAfterCommit(t *testing.T) {
+	cases := crashCases()
+	for _, g := range geometries {
+		t.Run(g.name, func(t *testing.T) {
+			t.Parallel()
+			o := Options{Selection: crashSelect}
+			c := prepared(t, g, cases["replace"], o)
+			base := make([]byte, c.rec.Base.Size())
+			if _, err := c.rec.Base.ReadAt(base, 0); err != nil {
+				t.Fatal(err)
+			}
+			tree, err := fixtures.ReadStrict(bytes.NewReader(base), int64(len(base)), 0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			within := func(path string, off int64) bool {
+				for _, x := range tree.Extents(tree.Get(path)) {
+					if off >= x.Off && off < x.Off+x.Len {
+						return true
+					}
+				}
+				return false
+			}
+			dev := blockdev.NewMem(bytes.Clone(base), g.sector)
+			commit, tried := int64(-1), 0
+			for _, op := range c.rec.Ops {
+				if op.Flush {
+					continue
+				}
+				if commit >= 0 && within(journalPath, op.Off) {
+					break // the record is closed
+				}
+				if _, err := dev.WriteAt(op.Data, op.Off); err != nil {
+					t.Fatal(err)
+				}
+				if within("EFI", op.Off) {
+					commit = op.Off
+				} else if commit >= 0 {
+					for _, kind := range []string{"zeros", "unreadable"} {
+						cut := newWeak(dev.Bytes(), g.sector)
+						clear(cut.Bytes()[commit : commit+int64(g.sector)])
+						cut.bad[commit/int64(g.sector)] = kind == "unreadable"
+						if err := c.recovered(cut, c.last); err != nil {
+							t.Fatalf("%s: %v", kind, err)
+						}
+						tried++
+					}
+				}
+			}
+			if tried == 0 {
+				t.Fatal("nothing was freed")
+			}
+			fixtures.Count("states", int64(tried))
+		})
+	}
+}

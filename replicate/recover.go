@@ -324,6 +324,15 @@ func decide(v *fatdriver.Volume, jl *journal.Log, rec *journal.Record, unread []
 		// What the walk could read a moment ago was not torn by a cut: to write over it might undo a commit.
 		err = fickle
 	}
+	if err == nil && d.Damaged && d.Action == journal.RollBack {
+		// Once the commit was stable the old clusters may have been freed, and damage to its sector came later: then only
+		// the new tree is whole.
+		var taken bool
+		if taken, err = v.Taken(volumeRuns(rec.Free)); err == nil && !taken {
+			d.Action = journal.Finish
+			return d, nil
+		}
+	}
 	if err != nil || d.Action != journal.RollForward {
 		return d, err
 	}
