@@ -70,6 +70,9 @@ func (t *Tree) lost(f func(c Cluster, entry uint32) error) error {
 	})
 }
 
+// Uses says whether a cluster belongs to a file or directory of the tree.
+func (t *Tree) Uses(c Cluster) bool { return t.vol.geo.valid(c) && t.used.has(c) }
+
 // Lost lists the clusters that are allocated and that nobody can reach.
 func (t *Tree) Lost() ([]Run, error) {
 	var runs []Run
@@ -367,7 +370,25 @@ func (v *Volume) ReadCluster(c Cluster, n int) ([]byte, error) {
 // InDirectory says whether byte off of the volume lies in the slots of the directory at path.
 func (t *Tree) InDirectory(path string, off int64) bool {
 	n := t.Lookup(path)
-	if n == nil || !n.IsDir() {
+	return n != nil && t.inDirectory(n, off)
+}
+
+// InAnyDirectory says whether byte off of the volume lies in the slots of a directory that can be reached.
+func (t *Tree) InAnyDirectory(off int64) bool {
+	todo := []*Node{t.Root}
+	for len(todo) > 0 {
+		n := todo[len(todo)-1]
+		todo = todo[:len(todo)-1]
+		if t.inDirectory(n, off) {
+			return true
+		}
+		todo = append(todo, n.Children...)
+	}
+	return false
+}
+
+func (t *Tree) inDirectory(n *Node, off int64) bool {
+	if !n.IsDir() {
 		return false
 	}
 	g := &t.vol.geo

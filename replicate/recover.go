@@ -104,7 +104,7 @@ func recoverVolume(v *fatdriver.Volume, log *slog.Logger, more thorough) (*Recov
 	if jl == nil && jerr == nil && (len(lost) > 0 || tree.Damage() != nil) {
 		// The commit sector itself may be garbage, and lie on the way to the journal. Zeros there look like an empty
 		// directory: no damage, but everything below it is lost.
-		if jl, err = searchJournal(v); err != nil {
+		if jl, err = searchJournal(v, tree); err != nil {
 			return rec, err
 		}
 	}
