@@ -142,6 +142,16 @@ func recoverVolume(v *fatdriver.Volume, log *slog.Logger, more thorough) (*Recov
 		}
 		log.Info("found an unfinished transaction", "id", fmt.Sprintf("%x", pending.ID[:4]), "decision", decision.Action.String(), "reason", decision.Reason)
 	}
+	if decision.Damaged || decision.Action == journal.RollForward {
+		// What another system made of the volume may be whole by itself and not go together with the record.
+		why, err := rehearseForward(v, pending, decision)
+		if err != nil {
+			return rec, err
+		}
+		if why != "" {
+			decision = journal.Decision{Action: journal.Stale, Reason: why}
+		}
+	}
 	if decision.Action == journal.Stale {
 		// Rule R: somebody else wrote in between. The volume is readable as it is, and the record is of no more use.
 		rec.Action, rec.Reason = actStale, decision.Reason
@@ -352,6 +362,44 @@ func decide(v *fatdriver.Volume, jl *journal.Log, rec *journal.Record, unread []
 		return journal.Decision{Action: journal.Stale, Reason: reason}, nil
 	}
 	return d, nil
+}
+
+// rehearseForward makes what repair and forward would make on a copy, and says what would be wrong with it: fsck.fat may
+// have made files of the clusters that the new directories take, or a sector may be a directory's no more.
+func rehearseForward(v *fatdriver.Volume, rec *journal.Record, d journal.Decision) (string, error) {
+	ov := blockdev.NewOverlay(v.Device())
+	put := func(off int64, img []byte) error { _, err := ov.WriteAt(img, off); return err }
+	write := rec.Blocks[d.From:]
+	if d.Action != journal.RollForward {
+		write = write[:1]
+	}
+	for i, b := range write {
+		img := b.New
+		if i == 0 && d.Action == journal.RollBack {
+			img = b.OldImage
+		}
+		if err := put(b.Off, img); err != nil {
+			return "", err
+		}
+	}
+	after, err := fatdriver.Open(ov)
+	if err != nil {
+		return "", err
+	}
+	tree, err := after.Scan()
+	if err != nil {
+		return "", err
+	}
+	if err := tree.Damage(); err != nil {
+		return fmt.Sprintf("with the record's entries the volume would be damaged: %v", err), nil
+	}
+	g := v.Geometry()
+	for _, b := range write {
+		if b.Off >= g.FATOff+int64(g.NumFATs)*g.FATSize && !tree.InAnyDirectory(b.Off) {
+			return fmt.Sprintf("block at offset 0x%x is not part of a directory any more", b.Off), nil
+		}
+	}
+	return "", nil
 }
 
 // repair rewrites a commit sector that a cut turned to garbage.
