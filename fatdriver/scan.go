@@ -280,14 +280,20 @@ func (t *Tree) note(s Severity, n *Node, c Cluster, format string, a ...any) {
 
 // rawDir reads all slots of a directory.
 func (v *Volume) rawDir(n *Node) ([]byte, error) {
-	return v.rawDirAround(n, func(_ []byte, u *Unreadable) error { return &ioError{u} })
+	return v.rawDirAround(n, nil)
 }
 
 // rawDirAround reads all slots of a directory, and calls lost with each sector that cannot be read, until that returns
-// an error.
+// an error. Without lost any failed read is an error.
 func (v *Volume) rawDirAround(n *Node, lost func(sector []byte, u *Unreadable) error) ([]byte, error) {
 	var raw []byte
 	read := func(p []byte, off int64) error {
+		if lost == nil {
+			if _, err := v.dev.ReadAt(p, off); err != nil {
+				return &ioError{&Unreadable{n.Path(), firstUnreadable(v.dev, p, off, v.geo.block()), err}}
+			}
+			return nil
+		}
 		return v.readAround(p, off, func(sector []byte, off int64, err error) error {
 			return lost(sector, &Unreadable{n.Path(), off, err})
 		})
@@ -309,22 +315,28 @@ func (v *Volume) rawDirAround(n *Node, lost func(sector []byte, u *Unreadable) e
 	return raw, nil
 }
 
+// skip notes a sector of a directory that cannot be read. What follows in the directory is looked at all the same.
+func (t *Tree) skip(sector []byte, u *Unreadable) error {
+	if len(t.unread) == maxUnreadable {
+		return &ioError{u}
+	}
+	for i := range sector {
+		sector[i] = slotDeleted
+	}
+	t.unread = append(t.unread, u)
+	t.Findings = append(t.Findings, Finding{Damage, "/" + u.Path, 0, u.Off, fmt.Sprintf("the directory cannot be read: %v", u.Err)})
+	return nil
+}
+
 func (t *Tree) walk(dir *Node, depth int) error {
 	if dir.err != nil {
 		return nil
 	}
-	raw, err := t.vol.rawDirAround(dir, func(sector []byte, u *Unreadable) error {
-		if !t.around || len(t.unread) == maxUnreadable {
-			return &ioError{u}
-		}
-		// What follows in the directory is looked at all the same.
-		for i := range sector {
-			sector[i] = slotDeleted
-		}
-		t.unread = append(t.unread, u)
-		t.Findings = append(t.Findings, Finding{Damage, "/" + u.Path, 0, u.Off, fmt.Sprintf("the directory cannot be read: %v", u.Err)})
-		return nil
-	})
+	var lost func(sector []byte, u *Unreadable) error
+	if t.around {
+		lost = t.skip
+	}
+	raw, err := t.vol.rawDirAround(dir, lost)
 	if err != nil {
 		return err
 	}
