@@ -5,6 +5,7 @@ VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo 0.1.
 PREFIX ?= /usr/local
 FUZZTIME ?= 30s
 ROUNDS ?= 200
+CRASHFLAGS ?=
 BENCHFLAGS ?=
 TESTFLAGS ?=
 
@@ -13,7 +14,7 @@ TAGS = urfave_cli_no_docs
 GOBUILD = CGO_ENABLED=0 $(GO) build -trimpath -tags $(TAGS)
 BIN = out/espmirror
 
-.PHONY: all build demo test test-short lint fuzz bench kill-test judges install clean help
+.PHONY: all build demo test test-short lint fuzz bench crash kill-test judges install clean help
 all: build
 
 build: ## build the one static binary, out/espmirror
@@ -50,6 +51,11 @@ fuzz: ## every fuzz target for FUZZTIME (30s) each
 
 bench: build judges ## times and exact counts beside mtools, as a table; BENCHFLAGS="-runs 5"
 	@$(GO) run ./scripts/bench $(BENCHFLAGS) $(BIN)
+
+crash: judges ## power cuts by the million, with every judge; goes on where it was stopped; CRASHFLAGS="-time 1h"
+	@mkdir -p out docs
+	@$(GO) build -o out/crash-tool ./scripts/crash
+	@out/crash-tool -report crash-report.json -doc docs/power-cuts.md $(CRASHFLAGS)
 
 kill-test: build judges ## kill -9 of sync at ROUNDS (200) random moments on a loop device; needs root
 	@scripts/kill-test.sh $(ROUNDS)

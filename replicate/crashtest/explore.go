@@ -1,10 +1,10 @@
 package crashtest
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 
+	"espmirror/blockdev"
 	"espmirror/fatdriver"
 	"espmirror/fixtures"
 )
@@ -26,8 +26,10 @@ type Budget struct {
 
 // Tally is what was explored.
 type Tally struct {
-	Scenarios, Refused, Unchanged int64
-	Epochs                        int64
+	// Scenarios are all; of these a guard Refused some, some had nothing to do, some had several commits one after the
+	// other, and some had to create the journal first.
+	Scenarios, Refused, Unchanged, Several, Created int64
+	Epochs                                          int64
 	// Read, Recovered, Torn, Twice and Thrice are the states of each phase.
 	Read, Recovered, Torn, Twice, Thrice int64
 	// Partial counts the epochs, of the run or of a recovery, that were larger than the limit; Whole the others.
@@ -41,6 +43,8 @@ func (t *Tally) Add(o Tally) {
 	t.Scenarios += o.Scenarios
 	t.Refused += o.Refused
 	t.Unchanged += o.Unchanged
+	t.Several += o.Several
+	t.Created += o.Created
 	t.Epochs += o.Epochs
 	t.Read += o.Read
 	t.Recovered += o.Recovered
@@ -70,18 +74,27 @@ func (v *Violation) Error() string {
 
 func (v *Violation) Unwrap() error { return v.Err }
 
-// Explore cuts a run wherever the budget allows. sample, if not nil, gets every so-maniest state of the Recover phase,
-// not recovered, with the number of the tree that is visible. The error is a *Violation.
-func (c *Run) Explore(b Budget, sample func(*fixtures.State, int) error) (Tally, error) {
+// Sampler judges a state by other means: as the cut left it, with the number of the tree that is visible in it, and
+// recovered, which lies on top of it.
+type Sampler func(cut *fixtures.State, tree int, recovered *fixtures.State) error
+
+// Explore cuts a run wherever the budget allows. sample may be nil. The error is a *Violation.
+func (c *Run) Explore(b Budget, sample Sampler) (Tally, error) {
 	t := Tally{Scenarios: 1, Epochs: int64(len(c.epochs))}
-	if c.Trees == 1 {
+	switch {
+	case c.Trees == 1:
 		t.Unchanged = 1
+	case c.Trees > 2:
+		t.Several = 1
+	}
+	if n := len(c.epochs); len(c.epochs[0].journal) == 0 && len(c.epochs[n-1].journal) > 0 {
+		t.Created = 1
 	}
 	x := &explorer{Run: c, b: b, t: &t, sample: sample}
 	for _, phase := range []struct {
 		name string
 		do   func() error
-	}{{"legal FAT entries", x.legal}, {"reading", x.reading}, {"recovering", x.recovering}, {"tearing", x.tearing}} {
+	}{{"legal FAT entries", x.legal}, {"reading", x.reading}, {"recovering", x.recovering}, {"other judges", x.sampling}, {"tearing", x.tearing}} {
 		x.phase, x.lines = phase.name, nil
 		if err := phase.do(); err != nil {
 			return t, &Violation{Scenario: c.Scenario, Phase: x.phase, Lines: x.lines, Err: err}
@@ -94,10 +107,11 @@ type explorer struct {
 	*Run
 	b      Budget
 	t      *Tally
-	sample func(*fixtures.State, int) error
+	sample Sampler
 	phase  string
 	lines  []string
 	leaf   int
+	leaves []string // lines of the states of the Recover phase
 }
 
 // lazily explores rec and puts the line of a state that fails in front of those of the states on top of it.
@@ -148,15 +162,11 @@ func (x *explorer) recovering() error {
 		if err := x.recover(r); err != nil {
 			return err
 		}
-		if err := x.clean(r.State, k); err != nil {
+		if err := x.clean(r.State, k, false, len(r.Ops) > 0); err != nil {
 			return err
 		}
-		if x.sample != nil && x.b.Samples > 0 && (leaf-1)%x.sampleStep() == 0 {
-			s.Settle()
-			x.t.Samples++
-			if err := x.sample(s, k); err != nil {
-				return err
-			}
+		if x.sample != nil {
+			x.leaves = append(x.leaves, s.Line())
 		}
 		if x.b.Twice == 0 || leaf%max(x.b.TwiceStep, 1) != 0 {
 			return nil
@@ -166,8 +176,33 @@ func (x *explorer) recovering() error {
 	})
 }
 
-// sampleStep spreads the samples over about as many states as most runs have.
-func (x *explorer) sampleStep() int { return max(1, 150/x.b.Samples) }
+// sampling hands out states, evenly spread over those of the Recover phase.
+func (x *explorer) sampling() error {
+	if x.sample == nil {
+		return nil
+	}
+	for i := range min(x.b.Samples, len(x.leaves)) {
+		line := x.leaves[i*len(x.leaves)/min(x.b.Samples, len(x.leaves))]
+		s, err := x.Recording.State(line)
+		if err != nil {
+			return err
+		}
+		x.lines = []string{line}
+		k, err := x.Visible(s, x.copies()...)
+		if err != nil {
+			return err
+		}
+		r := fixtures.NewRecorder(s, x.g.unit())
+		if err := x.recover(r); err != nil {
+			return err
+		}
+		x.t.Samples++
+		if err := x.sample(s, k, r.State); err != nil {
+			return err
+		}
+	}
+	return nil
+}
 
 // again explores the recording of a recovery, in whose beginning tree k was visible.
 func (x *explorer) again(rec *fixtures.Recording, k, depth int) error {
@@ -190,7 +225,7 @@ func (x *explorer) again(rec *fixtures.Recording, k, depth int) error {
 		if err := x.recover(r); err != nil {
 			return err
 		}
-		if err := x.clean(r.State, k2); err != nil {
+		if err := x.clean(r.State, k2, false, len(r.Ops) > 0); err != nil {
 			return err
 		}
 		if n++; depth == 3 || x.b.Thrice == 0 || n%max(x.b.ThriceStep, 1) != 0 {
@@ -213,8 +248,29 @@ func (x *explorer) tearing() error {
 		if err != nil {
 			return err
 		}
-		return x.Recovered(s, k)
+		return x.recoveredTorn(s, k)
 	})
+}
+
+// recoveredTorn is Recovered for a state with torn sectors. Garbage in a FAT sector that no reader needs cannot be told
+// from entries that mean something: recovery may refuse such a volume, and then has written nothing, or leave clusters
+// lost that never were allocated.
+func (c *Run) recoveredTorn(s *fixtures.State, k int) error {
+	dev := blockdev.NewCounting(s)
+	err := c.recover(dev)
+	// Only now has everything been read that recovery looks at.
+	guess := false
+	for _, sector := range s.Torn() {
+		n, at := c.fat(sector)
+		guess = guess || n == 0 && !c.liveFAT(s.Epoch(), at)
+	}
+	switch {
+	case guess && err != nil && dev.Counts().Writes == 0:
+		return nil
+	case err != nil:
+		return err
+	}
+	return c.clean(s, k, guess, dev.Counts().Writes > 0)
 }
 
 // fat tells in which FAT copy a sector lies, -1 for none, and the number of bytes from the copy's beginning.
@@ -235,9 +291,11 @@ func (c *Run) fat(sector int64) (copyNo int, at int64) {
 // tears says which tears the claim covers for a sector (protocol.md, "Fault model").
 func (c *Run) tears(epoch int, sector int64, versions [][]byte) fixtures.Tears {
 	const all = fixtures.TearPrefix | fixtures.TearBytes | fixtures.TearGarbage
-	switch n, _ := c.fat(sector); {
+	switch n, at := c.fat(sector); {
 	case n > 0:
 		return all // nobody reads it
+	case n == 0 && !c.liveFAT(epoch, at):
+		return all
 	case n == 0 && c.g.Type == fatdriver.FAT12:
 		return 0 // entries lie across the places where a sector tears
 	case n == 0:
@@ -267,6 +325,31 @@ func (c *Run) tears(epoch int, sector int64, versions [][]byte) fixtures.Tears {
 		}
 	}
 	return 0
+}
+
+// liveFAT says whether the FAT sector at byte at of a copy holds an entry that a reader needs at the beginning or at the
+// end of an epoch.
+func (c *Run) liveFAT(epoch int, at int64) bool {
+	base := c.layout.FATEntryExtent(0, 0).Off
+	unit := int64(c.g.unit())
+	if at < unit {
+		return true // FAT[0] and FAT[1]
+	}
+	for _, r := range c.epochs[epoch:min(epoch+2, len(c.epochs))] {
+		for n := range r.live {
+			x := c.layout.FATEntryExtent(0, n)
+			if x.Off-base < at+unit && x.Off-base+x.Len > at {
+				return true
+			}
+		}
+		for n := range r.journal {
+			x := c.layout.FATEntryExtent(0, n)
+			if x.Off-base < at+unit && x.Off-base+x.Len > at {
+				return true
+			}
+		}
+	}
+	return false
 }
 
 // legal looks at every FAT entry that was written, in every mixture of versions of the one or two sectors that hold it:
@@ -315,17 +398,20 @@ func (c *Run) Replay(lines []string) error {
 			return err
 		}
 		copies := c.copies()
-		if bytes.Contains([]byte(line), []byte(":")) {
+		if len(s.Torn()) > 0 {
 			copies = copies[:1] // torn: the other copy may be garbage
 		}
 		if k, err = c.Visible(s, copies...); err != nil {
 			return err
 		}
+		if len(s.Torn()) > 0 {
+			return c.recoveredTorn(s, k)
+		}
 		r := fixtures.NewRecorder(s, c.g.unit())
 		if err := c.recover(r); err != nil {
 			return err
 		}
-		if err := c.clean(r.State, k); err != nil || i == len(lines)-1 {
+		if err := c.clean(r.State, k, false, true); err != nil || i == len(lines)-1 {
 			return err
 		}
 		rec = r.Recording()
