@@ -100,10 +100,15 @@ var faults = []fault{
 	{"device gone", opAny, 0, true, unix.EIO},
 }
 
-// each numbers the operations that are failed one after the other: all, or a sample where that takes long.
+// step is from one operation that is failed to the next: every one, or a sample of those that take long.
 func (f fault) step(g geometry) int {
-	if testing.Short() || !long() && g.name != "FAT12" && (f.kind == blockdev.OpRead || f.kind == opAny) {
-		return 5
+	switch reads := f.kind == blockdev.OpRead || f.kind == opAny; {
+	case long():
+		return 1
+	case testing.Short(), reads && g.name != "FAT12":
+		return 11
+	case f.kind == opAny, g.name != "FAT12" && f.kind != blockdev.OpFlush:
+		return 3
 	}
 	return 1
 }
