@@ -304,6 +304,13 @@ func (r *run) extend(s *side, log *journal.Log, dir *fatdriver.Node, clusters in
 	tx := plan.Begin()
 	err = inOrder(
 		tx.WriteDirs,
+		func() error {
+			if log != nil {
+				return nil
+			}
+			// Where no record names the cluster, recovery knows it by its zeros: they must be there before it is taken.
+			return tx.Flush()
+		},
 		tx.WriteFAT,
 		// B1: the cluster must hold zeros before the directory leads to it.
 		tx.Flush,

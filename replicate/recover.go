@@ -137,6 +137,11 @@ func recoverVolume(v *fatdriver.Volume, log *slog.Logger, more thorough) (*Recov
 	unusable := jl != nil && rec.Action == actStale
 	decision := journal.Decision{Action: journal.Nothing}
 	if pending != nil {
+		// What a killed run left in a cache reads like what is on the medium. It must be there before anything is freed or
+		// closed because of it.
+		if err := v.Device().Flush(); err != nil {
+			return rec, err
+		}
 		if decision, err = decide(v, jl, pending, unread); err != nil {
 			return rec, err
 		}

@@ -57,8 +57,20 @@ func explore(dir string, seed uint64, b Budget) (Tally, error) {
 		defer o.Close()
 		sample = o.Judge
 	}
-	return c.Explore(b, sample)
+	tally, err := c.Explore(b, sample)
+	if seed%checked == 0 {
+		for _, k := range Checks {
+			if err == nil {
+				err = c.Try(k)
+				tally.Checks++
+			}
+		}
+	}
+	return tally, err
 }
+
+// checked is of how many scenarios one goes through the checks that take longer than the exploration.
+const checked = 20
 
 // TestPowerCut cuts generated runs wherever they can be cut. `make crash` does the same for longer.
 func TestPowerCut(t *testing.T) {

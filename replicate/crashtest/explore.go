@@ -34,8 +34,8 @@ type Tally struct {
 	Read, Recovered, Torn, Twice, Thrice int64
 	// Partial counts the epochs, of the run or of a recovery, that were larger than the limit; Whole the others.
 	Whole, Partial int64
-	// Samples are the states that were handed out to the external judges.
-	Samples int64
+	// Samples are the states that were handed out to the external judges, Checks the checks beyond single states.
+	Samples, Checks int64
 }
 
 // Add adds up.
@@ -54,6 +54,7 @@ func (t *Tally) Add(o Tally) {
 	t.Whole += o.Whole
 	t.Partial += o.Partial
 	t.Samples += o.Samples
+	t.Checks += o.Checks
 }
 
 // States is the number of all states.

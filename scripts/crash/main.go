@@ -283,7 +283,7 @@ func (r *runner) scenario(ctx context.Context, seed uint64) error {
 	return nil
 }
 
-func (r *runner) explore(c *crashtest.Run, o *outcome) error {
+func (r *runner) explore(c *crashtest.Run, o *outcome) (err error) {
 	b := long
 	if r.fsck == 0 {
 		b.Samples = 2 // for the systems in machines
@@ -298,7 +298,14 @@ func (r *runner) explore(c *crashtest.Run, o *outcome) error {
 		judge = outside.Judge
 	}
 	n := 0
-	var err error
+	defer func() {
+		for _, k := range crashtest.Checks {
+			if err == nil {
+				err = c.Try(k)
+				o.Tally.Checks++
+			}
+		}
+	}()
 	o.Tally, err = c.Explore(b, func(cut *fixtures.State, tree int, recovered *fixtures.State) error {
 		if judge != nil {
 			if err := judge(cut, tree, recovered); err != nil {
