@@ -329,7 +329,7 @@ func decide(v *fatdriver.Volume, jl *journal.Log, rec *journal.Record, unread []
 	read := func(off int64, n int) ([]byte, error) {
 		b := make([]byte, n)
 		_, err := v.Device().ReadAt(b, off)
-		if err != nil && !known[off] && fickle == nil {
+		if walked := !inFAT(off) || off < g.FATOff+g.FATSize; err != nil && walked && !known[off] && fickle == nil {
 			fickle = fmt.Errorf("cannot read commit sector at offset 0x%x: %w", off, err)
 		}
 		return b, err
