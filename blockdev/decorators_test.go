@@ -136,6 +136,33 @@ func TestOverlayFaults(t *testing.T) {
 	if _, err := o.ReadAt(make([]byte, 3*overlayPage), 0); err != nil {
 		t.Error("a page that was written is read from below:", err)
 	}
+
+	// One sector cannot be read: the write that would mend it succeeds, one of a part of it does not.
+	o = NewOverlay(NewFaulty(below, func(op Op) error {
+		if op.Kind == OpRead && op.Off < 1024 && op.Off+int64(len(op.Data)) > 512 {
+			return syscall.EIO
+		}
+		return nil
+	}))
+	_, err = o.WriteAt(make([]byte, 100), 1000)
+	wantErr(t, err, syscall.EIO)
+	if _, err = o.WriteAt(below.Bytes()[1024:1536], 1024); err != nil {
+		t.Error(err)
+	}
+	_, err = o.ReadAt(make([]byte, 10), 1020)
+	wantErr(t, err, syscall.EIO)
+	if _, err := o.WriteAt(make([]byte, 10), 1020); err == nil {
+		t.Error("a part of a sector that cannot be read was written")
+	}
+	if _, err := o.WriteAt(make([]byte, 512), 512); err != nil {
+		t.Error(err)
+	}
+	got = make([]byte, overlayPage)
+	want := bytes.Clone(below.Bytes()[:overlayPage])
+	clear(want[512:1024])
+	if _, err := o.ReadAt(got, 0); err != nil || !bytes.Equal(got, want) {
+		t.Error("the rest of the page is not what is below:", err)
+	}
 }
 
 func TestCounting(t *testing.T) {

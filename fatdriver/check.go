@@ -209,7 +209,7 @@ func (v *Volume) eachEntry(n int, f func(c Cluster, e uint32)) (Cluster, error) 
 		at := first * int64(t) / 8
 		b := buf[:min(scanChunk, size-at)]
 		if _, err := v.dev.ReadAt(b, off+at); err != nil {
-			return 0, &ioError{fmt.Errorf("cannot read FAT at offset 0x%x: %w", off+at, err)}
+			return 0, &ioError{fmt.Errorf("cannot read FAT at offset 0x%x: %w", firstUnreadable(v.dev, b, off+at, v.geo.block()), err)}
 		}
 		for c := max(first, 2); c < min(first+per, end); c++ {
 			// A unit begins with an even cluster, so the cluster's parity is that of its place in the unit.
@@ -393,7 +393,7 @@ func (v *Volume) compareFATs(r *Report) error {
 				off int64
 			}{{a[:k], base + at}, {b[:k], off + at}} {
 				if _, err := v.dev.ReadAt(p.buf, p.off); err != nil {
-					return &ioError{fmt.Errorf("cannot read FAT at offset 0x%x: %w", p.off, err)}
+					return &ioError{fmt.Errorf("cannot read FAT at offset 0x%x: %w", firstUnreadable(v.dev, p.buf, p.off, v.geo.block()), err)}
 				}
 			}
 			if bytes.Equal(a[:k], b[:k]) {

@@ -51,7 +51,7 @@ func (t *table) page(n int64) ([]byte, error) {
 		}
 		p = make([]byte, size)
 		if _, err := t.dev.ReadAt(p, t.off+n*pageSize); err != nil {
-			return nil, &ioError{fmt.Errorf("cannot read FAT at offset 0x%x: %w", t.off+n*pageSize, err)}
+			return nil, &ioError{fmt.Errorf("cannot read FAT at offset 0x%x: %w", firstUnreadable(t.dev, p, t.off+n*pageSize, t.geo.block()), err)}
 		}
 		if t.pages == nil || len(t.pages) >= maxPages {
 			t.pages = make(map[int64][]byte)

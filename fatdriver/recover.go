@@ -22,7 +22,7 @@ func (v *Volume) MendFATs() (int64, error) {
 			k := min(int64(pageSize), g.FATSize-at)
 			off := g.FATOff + int64(n)*g.FATSize + at
 			if _, err := v.dev.ReadAt(want[:k], g.FATOff+at); err != nil {
-				return wrote, fmt.Errorf("cannot read FAT at offset 0x%x: %w", g.FATOff+at, err)
+				return wrote, fmt.Errorf("cannot read FAT at offset 0x%x: %w", firstUnreadable(v.dev, want[:k], g.FATOff+at, g.block()), err)
 			}
 			_, err := v.dev.ReadAt(have[:k], off)
 			if err != nil {
@@ -70,6 +70,9 @@ func (t *Tree) lost(f func(c Cluster, entry uint32) error) error {
 	})
 }
 
+// Uses says whether a cluster belongs to a file or directory of the tree.
+func (t *Tree) Uses(c Cluster) bool { return t.vol.geo.valid(c) && t.used.has(c) }
+
 // Lost lists the clusters that are allocated and that nobody can reach.
 func (t *Tree) Lost() ([]Run, error) {
 	var runs []Run
@@ -102,10 +105,7 @@ func (t *Tree) LostBlank() ([]Run, error) {
 			continue
 		}
 		b, err := t.vol.ReadCluster(c, t.vol.geo.ClusterSize)
-		if err != nil {
-			return nil, err
-		}
-		if zero(b) {
+		if err == nil && zero(b) { // one that cannot be read is not known to be blank
 			runs = appendCluster(runs, c)
 		}
 	}
@@ -151,21 +151,77 @@ func (v *Volume) FreeClusters() (int64, error) {
 	return n, err
 }
 
-// MendFSInfo writes the true free count where FSInfo says something else, or, with onlyUnknown, where it says nothing. It
-// says whether it did, and does not flush.
+// MendFSInfo writes the true free count where FSInfo says something else, or, with onlyUnknown, where it says nothing.
+// An FSInfo that a cut turned to garbage is made anew, as far as lostFSInfo says that it is one. It says whether it
+// wrote, and does not flush.
 func (v *Volume) MendFSInfo(onlyUnknown bool) (bool, error) {
-	b, err := v.fsinfo()
-	if err != nil || b == nil || onlyUnknown && binary.LittleEndian.Uint32(b[fsiFree:]) != fsiUnknown {
-		return false, err
+	b, readErr := v.fsinfo()
+	made := false
+	if readErr != nil || b == nil && !onlyUnknown {
+		b = v.lostFSInfo(readErr == nil)
+		made = b != nil
+	}
+	if b == nil || !made && onlyUnknown && binary.LittleEndian.Uint32(b[fsiFree:]) != fsiUnknown {
+		return false, readErr
 	}
 	n, err := v.FreeClusters()
 	if err != nil {
 		return false, err
 	}
-	if binary.LittleEndian.Uint32(b[fsiFree:]) == uint32(n) {
+	if !made && binary.LittleEndian.Uint32(b[fsiFree:]) == uint32(n) {
 		return false, nil
 	}
-	return true, v.setFree(uint32(n))
+	binary.LittleEndian.PutUint32(b[fsiFree:], uint32(n))
+	return true, v.putFSInfo(b)
+}
+
+// lostFSInfo returns a new FSInfo sector for one that is unreadable or, when readable is set, has other content; nil where
+// it must not be written. The boot sector says that the place is FSInfo's. What cannot be read is of no use to anybody,
+// and Linux does not mount such a volume. Other content may be somebody's code, unless it is blank or FSInfo's backup is
+// where it should be, as many sectors behind the backup boot sector as FSInfo is behind the boot sector.
+func (v *Volume) lostFSInfo(readable bool) []byte {
+	g := &v.geo
+	if g.FSInfoOff < 0 || g.FSInfoOff == g.BackupBootOff {
+		return nil
+	}
+	b := make([]byte, g.SectorSize)
+	if err := v.readAround(b, g.FSInfoOff, func(sector []byte, _ int64, _ error) error { clear(sector); return nil }); err != nil {
+		return nil
+	}
+	if readable && !zero(b[:512]) && !bytes.Equal(b[:512], bytes.Repeat([]byte{0xFF}, 512)) {
+		backup := g.BackupBootOff + g.FSInfoOff
+		if g.BackupBootOff < 0 || backup+int64(g.SectorSize) > g.FATOff {
+			return nil
+		}
+		c := make([]byte, 512)
+		if _, err := v.dev.ReadAt(c, backup); err != nil || !fsinfoSigned(c) {
+			return nil
+		}
+	}
+	le := binary.LittleEndian
+	clear(b[:512])
+	le.PutUint32(b[fsiLead:], fsiLeadSig)
+	le.PutUint32(b[fsiStruct:], fsiStrSig)
+	le.PutUint32(b[fsiFree:], fsiUnknown)
+	le.PutUint32(b[fsiNext:], fsiUnknown)
+	le.PutUint32(b[fsiTrail:], fsiTrailSig)
+	return b
+}
+
+// Taken says whether every cluster of runs is allocated.
+func (v *Volume) Taken(runs []Run) (bool, error) {
+	for _, r := range runs {
+		for i := uint32(0); i < r.Count; i++ {
+			c := r.First + Cluster(i)
+			if !v.geo.valid(c) {
+				return false, nil
+			}
+			if e, err := v.fat.get(c); err != nil || e == entryFree {
+				return false, err
+			}
+		}
+	}
+	return true, nil
 }
 
 // PlausibleDir says whether a sector could be part of a directory: every slot in use has a name and attributes that
@@ -314,7 +370,25 @@ func (v *Volume) ReadCluster(c Cluster, n int) ([]byte, error) {
 // InDirectory says whether byte off of the volume lies in the slots of the directory at path.
 func (t *Tree) InDirectory(path string, off int64) bool {
 	n := t.Lookup(path)
-	if n == nil || !n.IsDir() {
+	return n != nil && t.inDirectory(n, off)
+}
+
+// InAnyDirectory says whether byte off of the volume lies in the slots of a directory that can be reached.
+func (t *Tree) InAnyDirectory(off int64) bool {
+	todo := []*Node{t.Root}
+	for len(todo) > 0 {
+		n := todo[len(todo)-1]
+		todo = todo[:len(todo)-1]
+		if t.inDirectory(n, off) {
+			return true
+		}
+		todo = append(todo, n.Children...)
+	}
+	return false
+}
+
+func (t *Tree) inDirectory(n *Node, off int64) bool {
+	if !n.IsDir() {
 		return false
 	}
 	g := &t.vol.geo

@@ -129,7 +129,27 @@ type Tree struct {
 
 	vol  *Volume
 	used bitmap // every cluster that a file or directory holds
+
+	around bool // go on where a sector of a directory cannot be read
+	unread []*Unreadable
 }
+
+// Unreadable is a sector of a directory that the medium does not give.
+type Unreadable struct {
+	Path string // of the directory, without a leading slash
+	Off  int64  // byte offset on the volume
+	Err  error
+}
+
+func (u *Unreadable) Error() string {
+	if u.Path == "" {
+		return fmt.Sprintf("cannot read the root directory at offset 0x%x: %v", u.Off, u.Err)
+	}
+	return fmt.Sprintf("cannot read directory /%s at offset 0x%x: %v", u.Path, u.Off, u.Err)
+}
+
+// Unwrap returns the device's error.
+func (u *Unreadable) Unwrap() error { return u.Err }
 
 // Volume returns the volume that was scanned.
 func (t *Tree) Volume() *Volume { return t.vol }
@@ -190,8 +210,25 @@ const maxFindings = 10_000
 
 // Scan walks the whole tree. What is wrong with it goes into Findings; the error is for a medium that cannot be read.
 // Every cluster belongs to whoever is found first, so the walk ends on any input, loops included.
-func (v *Volume) Scan() (*Tree, error) {
-	t := &Tree{vol: v, used: newBitmap(&v.geo)}
+func (v *Volume) Scan() (*Tree, error) { return v.scan(false) }
+
+// maxUnreadable is after how many unreadable sectors ScanAround gives up: each may take a dying disk half a minute, and a
+// cut leaves one, or those of one physical sector.
+const maxUnreadable = 16
+
+// ScanAround is Scan for recovery: it goes on where a sector of a directory cannot be read, as if its slots were deleted
+// ones, and lists those sectors. Such a tree has damage. It serves to find the journal that may explain the sector, and
+// nothing else: what lies below the directory seems lost.
+func (v *Volume) ScanAround() (*Tree, []*Unreadable, error) {
+	t, err := v.scan(true)
+	if err != nil {
+		return nil, nil, err
+	}
+	return t, t.unread, nil
+}
+
+func (v *Volume) scan(around bool) (*Tree, error) {
+	t := &Tree{vol: v, used: newBitmap(&v.geo), around: around}
 	t.Root = &Node{}
 	if v.geo.Type == FAT32 {
 		runs, err := v.chain(v.geo.RootCluster, v.maxDirClusters(), t.used)
@@ -243,32 +280,63 @@ func (t *Tree) note(s Severity, n *Node, c Cluster, format string, a ...any) {
 
 // rawDir reads all slots of a directory.
 func (v *Volume) rawDir(n *Node) ([]byte, error) {
+	return v.rawDirAround(n, nil)
+}
+
+// rawDirAround reads all slots of a directory, and calls lost with each sector that cannot be read, until that returns
+// an error. Without lost any failed read is an error.
+func (v *Volume) rawDirAround(n *Node, lost func(sector []byte, u *Unreadable) error) ([]byte, error) {
 	var raw []byte
+	read := func(p []byte, off int64) error {
+		if lost == nil {
+			if _, err := v.dev.ReadAt(p, off); err != nil {
+				return &ioError{&Unreadable{n.Path(), firstUnreadable(v.dev, p, off, v.geo.block()), err}}
+			}
+			return nil
+		}
+		return v.readAround(p, off, func(sector []byte, off int64, err error) error {
+			return lost(sector, &Unreadable{n.Path(), off, err})
+		})
+	}
 	if n.Parent == nil && v.geo.Type != FAT32 {
 		raw = make([]byte, v.geo.RootSize)
-		if _, err := v.dev.ReadAt(raw, v.geo.RootOff); err != nil {
-			return nil, &ioError{fmt.Errorf("cannot read the root directory at offset 0x%x: %w", v.geo.RootOff, err)}
-		}
-		return raw, nil
+		return raw, read(raw, v.geo.RootOff)
 	}
 	cs := int64(v.geo.ClusterSize)
 	raw = make([]byte, clustersIn(n.Runs)*cs)
 	at := int64(0)
 	for _, r := range n.Runs {
 		k := int64(r.Count) * cs
-		if _, err := v.dev.ReadAt(raw[at:at+k], v.geo.ClusterOff(r.First)); err != nil {
-			return nil, &ioError{fmt.Errorf("cannot read directory /%s at offset 0x%x: %w", n.Path(), v.geo.ClusterOff(r.First), err)}
+		if err := read(raw[at:at+k], v.geo.ClusterOff(r.First)); err != nil {
+			return nil, err
 		}
 		at += k
 	}
 	return raw, nil
 }
 
+// skip notes a sector of a directory that cannot be read. What follows in the directory is looked at all the same.
+func (t *Tree) skip(sector []byte, u *Unreadable) error {
+	if len(t.unread) == maxUnreadable {
+		return &ioError{u}
+	}
+	for i := range sector {
+		sector[i] = slotDeleted
+	}
+	t.unread = append(t.unread, u)
+	t.Findings = append(t.Findings, Finding{Damage, "/" + u.Path, 0, u.Off, fmt.Sprintf("the directory cannot be read: %v", u.Err)})
+	return nil
+}
+
 func (t *Tree) walk(dir *Node, depth int) error {
 	if dir.err != nil {
 		return nil
 	}
-	raw, err := t.vol.rawDir(dir)
+	var lost func(sector []byte, u *Unreadable) error
+	if t.around {
+		lost = t.skip
+	}
+	raw, err := t.vol.rawDirAround(dir, lost)
 	if err != nil {
 		return err
 	}

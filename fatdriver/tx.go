@@ -170,6 +170,10 @@ func (v *Volume) setFree(n uint32) error {
 		return err
 	}
 	binary.LittleEndian.PutUint32(b[fsiFree:], n)
+	return v.putFSInfo(b)
+}
+
+func (v *Volume) putFSInfo(b []byte) error {
 	if _, err := v.dev.WriteAt(b, v.geo.FSInfoOff); err != nil {
 		return fmt.Errorf("cannot write FSInfo at offset 0x%x: %w", v.geo.FSInfoOff, err)
 	}

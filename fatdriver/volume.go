@@ -187,6 +187,39 @@ func (v *Volume) chain(first Cluster, limit int64, used bitmap) ([]Run, error) {
 	}
 }
 
+// firstUnreadable is the offset of the first sector of [off, off+len(p)) that cannot be read, off when it is none by now.
+// p is overwritten.
+func firstUnreadable(dev blockdev.Device, p []byte, off int64, unit int) int64 {
+	for at := 0; at < len(p); at += unit {
+		if _, err := dev.ReadAt(p[at:min(at+unit, len(p))], off+int64(at)); err != nil {
+			return off + int64(at)
+		}
+	}
+	return off
+}
+
+// readAround reads [off, off+len(p)), and where that fails as a whole, sector by sector: lost is called with each one
+// that cannot be read, and ends it with an error.
+func (v *Volume) readAround(p []byte, off int64, lost func(sector []byte, off int64, err error) error) error {
+	_, err := v.dev.ReadAt(p, off)
+	if err == nil {
+		return nil
+	}
+	if errors.Is(err, blockdev.ErrOutOfRange) {
+		return lost(p, off, err)
+	}
+	for unit := v.geo.block(); len(p) > 0; {
+		k := min(unit, len(p))
+		if _, err := v.dev.ReadAt(p[:k], off); err != nil {
+			if err := lost(p[:k], off, err); err != nil {
+				return err
+			}
+		}
+		p, off = p[k:], off+int64(k)
+	}
+	return nil
+}
+
 func entryWord(e uint32) string {
 	if e == entryFree {
 		return "free"
@@ -265,9 +298,13 @@ func (v *Volume) fsinfo() ([]byte, error) {
 	if _, err := v.dev.ReadAt(b, v.geo.FSInfoOff); err != nil {
 		return nil, fmt.Errorf("cannot read FSInfo at offset 0x%x: %w", v.geo.FSInfoOff, err)
 	}
-	le := binary.LittleEndian
-	if le.Uint32(b[fsiLead:]) != fsiLeadSig || le.Uint32(b[fsiStruct:]) != fsiStrSig || le.Uint32(b[fsiTrail:]) != fsiTrailSig {
+	if !fsinfoSigned(b) {
 		return nil, nil
 	}
 	return b, nil
+}
+
+func fsinfoSigned(b []byte) bool {
+	le := binary.LittleEndian
+	return le.Uint32(b[fsiLead:]) == fsiLeadSig && le.Uint32(b[fsiStruct:]) == fsiStrSig && le.Uint32(b[fsiTrail:]) == fsiTrailSig
 }

@@ -16,7 +16,7 @@ type Log struct {
 
 	head    Header // the one that counts
 	slot    int64  // where it is
-	damaged bool   // the other slot held neither a header nor zeros
+	damaged error  // why the other slot does not count, when it held neither a header nor zeros
 	failed  error  // first failed write or flush
 }
 
@@ -90,7 +90,12 @@ func readSlots(dev blockdev.Device, unit int) [2]slotState {
 	for i := range slots {
 		s := &slots[i]
 		b := make([]byte, unit)
-		if _, err := dev.ReadAt(b, s.off); err != nil {
+		_, err := dev.ReadAt(b, s.off)
+		if err != nil {
+			// Once more: by the older header alone the newer record would be given up, and what it took stays lost.
+			_, err = dev.ReadAt(b, s.off)
+		}
+		if err != nil {
 			s.err = fmt.Errorf("%w: %w", ErrInvalid, err)
 			continue
 		}
@@ -137,10 +142,11 @@ func Open(dev blockdev.Device, sector int, b Binding) (*Log, error) {
 	if win.h.Size != dev.Size() {
 		return nil, fmt.Errorf("cannot open journal: %w: file size is 0x%x, expected 0x%x", ErrBinding, win.h.Size, dev.Size())
 	}
-	return &Log{
-		dev: dev, unit: unit, head: win.h, slot: win.off,
-		damaged: other.err != nil && !errors.Is(other.err, ErrAbsent),
-	}, nil
+	l := &Log{dev: dev, unit: unit, head: win.h, slot: win.off}
+	if other.err != nil && !errors.Is(other.err, ErrAbsent) {
+		l.damaged = fmt.Errorf("slot at 0x%x: %w", other.off, other.err)
+	}
+	return l, nil
 }
 
 // Reinit makes the file in dev an idle journal bound to b, whatever it held, and returns it open. It is for a journal
@@ -178,7 +184,7 @@ func (l *Log) Capacity() int { return int(l.dev.Size() - PayloadOffset) }
 func (l *Log) Status() Status {
 	return Status{
 		State: l.head.State, Index: int(l.head.Index), Blocks: int(l.head.Blocks),
-		Seq: l.head.Seq, ID: l.head.ID, Digest: l.head.Digest, Damaged: l.damaged,
+		Seq: l.head.Seq, ID: l.head.ID, Digest: l.head.Digest, Damaged: l.damaged != nil,
 	}
 }
 
@@ -227,7 +233,7 @@ func (l *Log) prepare(r *Record) error {
 		return fmt.Errorf("%w: %w", ErrFailed, l.failed)
 	}
 	if l.head.State != Idle {
-		return fmt.Errorf("%w: transaction %x is %v", ErrPending, l.head.ID, l.head.State)
+		return l.outdated(fmt.Errorf("%w: transaction %x is %v", ErrPending, l.head.ID, l.head.State))
 	}
 	if err := r.check(); err != nil {
 		return err
@@ -277,7 +283,7 @@ func (l *Log) advance(i int, digest [32]byte) error {
 		return fmt.Errorf("%w: %w", ErrFailed, l.failed)
 	}
 	if l.head.State == Idle {
-		return ErrIdle
+		return l.outdated(ErrIdle)
 	}
 	if i < int(l.head.Index) || i >= int(l.head.Blocks) {
 		return fmt.Errorf("%w: expected %d to %d", ErrRecord, l.head.Index, l.head.Blocks-1)
@@ -289,6 +295,14 @@ func (l *Log) advance(i int, digest [32]byte) error {
 	h := l.head
 	h.State, h.Index, h.Digest = Committing, uint32(i), digest
 	return l.put(h, true)
+}
+
+// outdated adds to the refusal of a call that the state does not allow why the state may be older than the caller's.
+func (l *Log) outdated(err error) error {
+	if l.damaged == nil {
+		return err
+	}
+	return fmt.Errorf("%w (%w)", err, l.damaged)
 }
 
 // Done records that nothing is pending any more: the record is finished, rolled back or abandoned. It does not flush;
@@ -328,7 +342,7 @@ func (l *Log) put(h Header, flush bool) error {
 			return err
 		}
 	}
-	l.head, l.slot, l.damaged = h, slot, false
+	l.head, l.slot, l.damaged = h, slot, nil
 	return nil
 }
 

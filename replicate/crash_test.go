@@ -89,7 +89,7 @@ func record1(t testing.TB, g geometry, base []byte, src Source, o Options) *cras
 }
 
 // visible judges what a reader without any replay sees through each FAT copy.
-func (c *crashRun) visible(s *fixtures.State) (int, error) {
+func (c *crashRun) visible(s blockdev.Device) (int, error) {
 	state := -1
 	for n := 0; n < c.g.fats; n++ {
 		tree, err := c.read(s, n, true)
@@ -116,7 +116,7 @@ func (c *crashRun) visible(s *fixtures.State) (int, error) {
 }
 
 // recovered recovers a state and judges the result; a second recovery must write nothing.
-func (c *crashRun) recovered(s *fixtures.State, before int) error {
+func (c *crashRun) recovered(s blockdev.Device, before int) error {
 	t := &Target{Name: "crashed", Dev: s}
 	if _, err := Recover(context.Background(), t, RecoverOptions{}); err != nil {
 		return err

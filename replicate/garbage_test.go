@@ -10,8 +10,9 @@ import (
 	"espmirror/fixtures"
 )
 
-// TestGarbageCommitSector is T3 of the fault model: the sector that was being committed holds garbage. Recovery knows it
-// from the record, also where the sector is on the way to the journal, and makes the tree old or new again.
+// TestGarbageCommitSector is T3 of the fault model: the sector that was being committed holds garbage, or cannot be read
+// any more. Recovery knows it from the record, also where the sector is on the way to the journal, and makes the tree old
+// or new again. The same goes for FSInfo, which it makes anew.
 func TestGarbageCommitSector(t *testing.T) {
 	garbage := map[string]func(b []byte){
 		"zeros": func(b []byte) { clear(b) },
@@ -23,6 +24,7 @@ func TestGarbageCommitSector(t *testing.T) {
 				b[i] = byte(x >> 24)
 			}
 		},
+		"unreadable": func(b []byte) {},
 	}
 	cases := crashCases()
 	for _, name := range []string{"replace", "one directory", "kernel update", "files in the root"} {
@@ -52,18 +54,29 @@ func TestGarbageCommitSector(t *testing.T) {
 					return false
 				}
 				dev := blockdev.NewMem(bytes.Clone(m.Bytes()), g.sector)
-				tried := 0
+				tried, infos := 0, 0
 				var pending []fixtures.Op
+				info := v.Geometry().FSInfoOff
 				for _, op := range c.rec.Ops {
 					if op.Flush {
 						pending = nil
 						continue
 					}
 					pending = append(pending, op)
-					if len(pending) == 1 && len(op.Data) <= g.sector && live(op.Off) {
+					if op.Off == info {
+						infos++
+					}
+					if len(op.Data) <= g.sector && (op.Off == info || len(pending) == 1 && live(op.Off)) {
 						for kind, spoil := range garbage {
-							cut := blockdev.NewMem(bytes.Clone(dev.Bytes()), g.sector)
+							cut := newWeak(dev.Bytes(), g.sector)
 							spoil(cut.Bytes()[op.Off : op.Off+int64(len(op.Data))])
+							if kind == "unreadable" {
+								cut.bad[op.Off/int64(g.sector)] = true
+								dry, err := Recover(context.Background(), &Target{Name: "cut", Dev: cut}, RecoverOptions{Options: Options{DryRun: true}})
+								if err != nil || !dry.Changed() || cut.writes > 0 {
+									t.Fatalf("dry run at 0x%x: %+v, %v, %d writes", op.Off, dry, err, cut.writes)
+								}
+							}
 							rec, err := Recover(context.Background(), &Target{Name: "cut", Dev: cut}, RecoverOptions{})
 							if err != nil {
 								t.Fatalf("%s at 0x%x: %v", kind, op.Off, err)
@@ -82,6 +95,13 @@ func TestGarbageCommitSector(t *testing.T) {
 								if lost, err := got.Lost(); err != nil || len(lost) > 0 {
 									t.Fatalf("%s at 0x%x: lost clusters %v %v", kind, op.Off, lost, err)
 								}
+								if _, err := got.CheckFSInfo(false); err != nil {
+									t.Fatalf("%s at 0x%x: %v", kind, op.Off, err)
+								}
+							}
+							cut.writes = 0
+							if rec, err := Recover(context.Background(), &Target{Name: "cut", Dev: cut}, RecoverOptions{}); err != nil || cut.writes > 0 {
+								t.Fatalf("%s at 0x%x: second recovery: %+v, %v, %d writes", kind, op.Off, rec, err, cut.writes)
 							}
 							tried++
 							fixtures.Count("states", 1)
@@ -91,10 +111,69 @@ func TestGarbageCommitSector(t *testing.T) {
 						t.Fatal(err)
 					}
 				}
-				if tried == 0 {
-					t.Fatal("no commit sector was found")
+				if tried == 0 || info >= 0 && infos != 2 {
+					t.Fatalf("%d commit sectors were found, FSInfo was written %d times", tried, infos)
 				}
 			})
 		}
+	}
+}
+
+// TestGarbageAfterCommit spoils the commit sector when the commit was stable already and the old clusters are becoming
+// free: the record has both images, and only the new tree is whole.
+func TestGarbageAfterCommit(t *testing.T) {
+	cases := crashCases()
+	for _, g := range geometries {
+		t.Run(g.name, func(t *testing.T) {
+			t.Parallel()
+			o := Options{Selection: crashSelect}
+			c := prepared(t, g, cases["replace"], o)
+			base := make([]byte, c.rec.Base.Size())
+			if _, err := c.rec.Base.ReadAt(base, 0); err != nil {
+				t.Fatal(err)
+			}
+			tree, err := fixtures.ReadStrict(bytes.NewReader(base), int64(len(base)), 0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			within := func(path string, off int64) bool {
+				for _, x := range tree.Extents(tree.Get(path)) {
+					if off >= x.Off && off < x.Off+x.Len {
+						return true
+					}
+				}
+				return false
+			}
+			dev := blockdev.NewMem(bytes.Clone(base), g.sector)
+			commit, tried := int64(-1), 0
+			for _, op := range c.rec.Ops {
+				if op.Flush {
+					continue
+				}
+				if commit >= 0 && within(journalPath, op.Off) {
+					break // the record is closed
+				}
+				if _, err := dev.WriteAt(op.Data, op.Off); err != nil {
+					t.Fatal(err)
+				}
+				if within("EFI", op.Off) {
+					commit = op.Off
+				} else if commit >= 0 {
+					for _, kind := range []string{"zeros", "unreadable"} {
+						cut := newWeak(dev.Bytes(), g.sector)
+						clear(cut.Bytes()[commit : commit+int64(g.sector)])
+						cut.bad[commit/int64(g.sector)] = kind == "unreadable"
+						if err := c.recovered(cut, c.last); err != nil {
+							t.Fatalf("%s: %v", kind, err)
+						}
+						tried++
+					}
+				}
+			}
+			if tried == 0 {
+				t.Fatal("nothing was freed")
+			}
+			fixtures.Count("states", int64(tried))
+		})
 	}
 }

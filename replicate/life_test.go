@@ -105,8 +105,8 @@ func TestLife(t *testing.T) {
 				spec := base
 				change(&spec)
 				unselected := fixtures.Unselected(200, 7)
-				if testing.Short() {
-					unselected = fixtures.Unselected(20, 7)
+				if !long() {
+					unselected = fixtures.Unselected(40, 7)
 				}
 				spec.Tree = fixtures.Merge(unselected, fixtures.KernelInstall(1, 20_000, "6.0"))
 				image, err := spec.Bytes()
@@ -238,7 +238,7 @@ func lifeJudge(t *testing.T, spec *fixtures.VolumeSpec, before *fixtures.Tree, i
 
 // TestBigDirectory has 3,000 files in one directory, and a UKI of some MiB.
 func TestBigDirectory(t *testing.T) {
-	n := 3000
+	n := 1500
 	if testing.Short() {
 		n = 600
 	}

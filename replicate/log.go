@@ -89,11 +89,15 @@ func findJournal(v *fatdriver.Volume, tree *fatdriver.Tree) (*journal.Log, block
 
 // searchJournal looks for a journal with an unfinished record when no directory leads to one: a cut can turn the sector
 // that was being committed into garbage, and that may be the one that names our own directory. Each allocated cluster
-// may be the beginning of it; the header says so, and its binding that it is this volume's, in this place. nil without
-// an error means that there is none.
-func searchJournal(v *fatdriver.Volume) (*journal.Log, error) {
+// may be the beginning of it; the header says so, and its binding that it is this volume's, in this place. In a sound tree
+// a file of another name is somebody else's, whatever it holds. nil without an error means that there is none.
+func searchJournal(v *fatdriver.Volume, tree *fatdriver.Tree) (*journal.Log, error) {
+	sound := tree.Damage() == nil
 	var found *journal.Log
 	err := v.EachChain(func(first fatdriver.Cluster) (bool, error) {
+		if sound && tree.Uses(first) {
+			return true, nil
+		}
 		b, err := v.ReadCluster(first, journal.HeaderSize)
 		if err != nil {
 			return true, nil // an unreadable cluster is not it

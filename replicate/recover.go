@@ -89,8 +89,9 @@ func recoverVolume(v *fatdriver.Volume, log *slog.Logger, more thorough) (*Recov
 	if err := v.Refresh(); err != nil {
 		return rec, err
 	}
-	// R1: what copy 0 shows is the old tree or the new one.
-	tree, err := v.Scan()
+	// R1: what copy 0 shows is the old tree or the new one. A sector that a cut left unreadable may be on the way to the
+	// journal, or beside it.
+	tree, unread, err := v.ScanAround()
 	if err != nil {
 		return rec, err
 	}
@@ -103,7 +104,7 @@ func recoverVolume(v *fatdriver.Volume, log *slog.Logger, more thorough) (*Recov
 	if jl == nil && jerr == nil && (len(lost) > 0 || tree.Damage() != nil) {
 		// The commit sector itself may be garbage, and lie on the way to the journal. Zeros there look like an empty
 		// directory: no damage, but everything below it is lost.
-		if jl, err = searchJournal(v); err != nil {
+		if jl, err = searchJournal(v, tree); err != nil {
 			return rec, err
 		}
 	}
@@ -121,7 +122,9 @@ func recoverVolume(v *fatdriver.Volume, log *slog.Logger, more thorough) (*Recov
 	}
 	var pending *journal.Record
 	if jl != nil {
-		pending, err = jl.Pending()
+		if pending, err = jl.Pending(); err != nil {
+			pending, err = jl.Pending() // a record is given up only if it cannot be read twice
+		}
 		if errors.Is(err, journal.ErrPayload) {
 			rec.Action, rec.Reason = actStale, err.Error()
 			log.Warn("the journal's record cannot be used", "err", err)
@@ -139,10 +142,20 @@ func recoverVolume(v *fatdriver.Volume, log *slog.Logger, more thorough) (*Recov
 		if err := v.Device().Flush(); err != nil {
 			return rec, err
 		}
-		if decision, err = decide(v, jl, pending); err != nil {
+		if decision, err = decide(v, jl, pending, unread); err != nil {
 			return rec, err
 		}
 		log.Info("found an unfinished transaction", "id", fmt.Sprintf("%x", pending.ID[:4]), "decision", decision.Action.String(), "reason", decision.Reason)
+	}
+	if decision.Damaged || decision.Action == journal.RollForward {
+		// What another system made of the volume may be whole by itself and not go together with the record.
+		why, err := rehearseForward(v, pending, decision)
+		if err != nil {
+			return rec, err
+		}
+		if why != "" {
+			decision = journal.Decision{Action: journal.Stale, Reason: why}
+		}
 	}
 	if decision.Action == journal.Stale {
 		// Rule R: somebody else wrote in between. The volume is readable as it is, and the record is of no more use.
@@ -150,12 +163,15 @@ func recoverVolume(v *fatdriver.Volume, log *slog.Logger, more thorough) (*Recov
 		log.Warn("the journal's record is stale: nothing is done about it", "reason", decision.Reason)
 		unusable, pending = true, nil
 	}
+	if err := unexplained(rec, unread, pending, decision); err != nil {
+		return rec, err
+	}
 	if unusable && tree.Damage() != nil {
 		return rec, discard(v, jl)
 	}
 	if decision.Damaged {
-		// The commit sector itself is garbage: only the record's image of it makes the tree whole again, and nothing
-		// else is looked at before.
+		// The commit sector itself is garbage or unreadable: only the record's image of it makes the tree whole again,
+		// and nothing else is looked at before.
 		if err := repair(v, pending, decision); err != nil {
 			return rec, err
 		}
@@ -253,6 +269,25 @@ func recoverVolume(v *fatdriver.Volume, log *slog.Logger, more thorough) (*Recov
 	return rec, v.Refresh()
 }
 
+// unexplained returns an error when a sector of a directory cannot be read and is not the one that the record was
+// switching: nobody knows what it held, so what seems lost may be what it led to. The record stays: the sector may be
+// readable another time.
+func unexplained(rec *Recovery, unread []*fatdriver.Unreadable, pending *journal.Record, d journal.Decision) error {
+	for _, u := range unread {
+		if pending != nil && d.Damaged {
+			if b := pending.Blocks[d.From]; u.Off >= b.Off && u.Off < b.Off+int64(len(b.New)) {
+				continue
+			}
+		}
+		var err error = u
+		if rec.Action == actStale {
+			err = fmt.Errorf("%w; and the journal is of no use: %s", u, rec.Reason)
+		}
+		return &Hint{err, "nothing was written; no interrupted run explains the sector, so the medium may be failing: save what can be read"}
+	}
+	return nil
+}
+
 // rescan reads the tree from the medium again.
 func rescan(v *fatdriver.Volume) (*fatdriver.Tree, error) {
 	if err := v.Refresh(); err != nil {
@@ -271,7 +306,7 @@ func discard(v *fatdriver.Volume, jl *journal.Log) error {
 
 // decide applies rule R: the commit sectors tell how far the transaction came, and what rolling forward relies on is
 // checked against the record.
-func decide(v *fatdriver.Volume, jl *journal.Log, rec *journal.Record) (journal.Decision, error) {
+func decide(v *fatdriver.Volume, jl *journal.Log, rec *journal.Record, unread []*fatdriver.Unreadable) (journal.Decision, error) {
 	g := v.Geometry()
 	inFAT := func(off int64) bool {
 		return off >= g.FATOff && off < g.FATOff+int64(g.NumFATs)*g.FATSize
@@ -286,12 +321,33 @@ func decide(v *fatdriver.Volume, jl *journal.Log, rec *journal.Record) (journal.
 		}
 	}
 	st := jl.Status()
+	known := map[int64]bool{}
+	for _, u := range unread {
+		known[u.Off] = true
+	}
+	var fickle error
 	read := func(off int64, n int) ([]byte, error) {
 		b := make([]byte, n)
 		_, err := v.Device().ReadAt(b, off)
+		if walked := !inFAT(off) || off < g.FATOff+g.FATSize; err != nil && walked && !known[off] && fickle == nil {
+			fickle = fmt.Errorf("cannot read commit sector at offset 0x%x: %w", off, err)
+		}
 		return b, err
 	}
 	d, err := journal.Decide(rec, st, read, plausible)
+	if err == nil {
+		// What the walk could read a moment ago was not torn by a cut: to write over it might undo a commit.
+		err = fickle
+	}
+	if err == nil && d.Damaged && d.Action == journal.RollBack {
+		// Once the commit was stable the old clusters may have been freed, and damage to its sector came later: then only
+		// the new tree is whole.
+		var taken bool
+		if taken, err = v.Taken(volumeRuns(rec.Free)); err == nil && !taken {
+			d.Action = journal.Finish
+			return d, nil
+		}
+	}
 	if err != nil || d.Action != journal.RollForward {
 		return d, err
 	}
@@ -300,6 +356,9 @@ func decide(v *fatdriver.Volume, jl *journal.Log, rec *journal.Record) (journal.
 		return journal.Decision{Action: journal.Stale, Reason: "the new content was never confirmed, and an entry has switched"}, nil
 	}
 	sum, err := v.DigestOf(volumeRuns(rec.Base))
+	if err != nil {
+		sum, err = v.DigestOf(volumeRuns(rec.Base)) // a record is given up only if what it needs cannot be read twice
+	}
 	if err != nil || sum != st.Digest {
 		reason := "the new files, or the directories that they replace, are no longer what the record says"
 		if err != nil {
@@ -308,6 +367,44 @@ func decide(v *fatdriver.Volume, jl *journal.Log, rec *journal.Record) (journal.
 		return journal.Decision{Action: journal.Stale, Reason: reason}, nil
 	}
 	return d, nil
+}
+
+// rehearseForward makes what repair and forward would make on a copy, and says what would be wrong with it: fsck.fat may
+// have made files of the clusters that the new directories take, or a sector may be a directory's no more.
+func rehearseForward(v *fatdriver.Volume, rec *journal.Record, d journal.Decision) (string, error) {
+	ov := blockdev.NewOverlay(v.Device())
+	put := func(off int64, img []byte) error { _, err := ov.WriteAt(img, off); return err }
+	write := rec.Blocks[d.From:]
+	if d.Action != journal.RollForward {
+		write = write[:1]
+	}
+	for i, b := range write {
+		img := b.New
+		if i == 0 && d.Action == journal.RollBack {
+			img = b.OldImage
+		}
+		if err := put(b.Off, img); err != nil {
+			return "", err
+		}
+	}
+	after, err := fatdriver.Open(ov)
+	if err != nil {
+		return "", err
+	}
+	tree, err := after.Scan()
+	if err != nil {
+		return "", err
+	}
+	if err := tree.Damage(); err != nil {
+		return fmt.Sprintf("with the record's entries the volume would be damaged: %v", err), nil
+	}
+	g := v.Geometry()
+	for _, b := range write {
+		if b.Off >= g.FATOff+int64(g.NumFATs)*g.FATSize && !tree.InAnyDirectory(b.Off) {
+			return fmt.Sprintf("block at offset 0x%x is not part of a directory any more", b.Off), nil
+		}
+	}
+	return "", nil
 }
 
 // repair rewrites a commit sector that a cut turned to garbage.
@@ -370,7 +467,7 @@ func stampedClusters(v *fatdriver.Volume, lost []fatdriver.Run) ([]fatdriver.Run
 			c := r.First + fatdriver.Cluster(i)
 			h, ok, err := stamp(c)
 			if err != nil {
-				return nil, err
+				continue // what cannot be read is not known for ours
 			}
 			if ok {
 				take(h)
@@ -380,14 +477,11 @@ func stampedClusters(v *fatdriver.Volume, lost []fatdriver.Run) ([]fatdriver.Run
 			// A directory that was made for the journal: follow its last entry, one or two levels down.
 			next := c
 			for range 2 {
-				if next, err = v.OnlyChild(next); err != nil {
-					return nil, err
-				}
-				if next == 0 {
+				if next, err = v.OnlyChild(next); err != nil || next == 0 {
 					break
 				}
 				if h, ok, err = stamp(next); err != nil {
-					return nil, err
+					break
 				}
 				if ok {
 					take(h)
