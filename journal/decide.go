@@ -89,6 +89,9 @@ type spot struct {
 // back if OldImage is there to write, as the old tree is whole until the commit is stable. Otherwise the new image is the
 // only one there is, and it rolls forward; there is no digest, so the caller should walk the new tree first.
 //
+// So is that place when it holds an image of its own, but an older one than all others allow, and not plausible: zeros may
+// be both what was there before the record and what the cut left.
+//
 // It returns ErrRecord when r is malformed or not the record of st. read's errors are part of the decision.
 func Decide(r *Record, st Status, read func(off int64, n int) ([]byte, error), plausible func(img []byte) bool) (Decision, error) {
 	if st.State == Idle {
@@ -128,7 +131,7 @@ func Decide(r *Record, st Status, read func(off int64, n int) ([]byte, error), p
 	}
 	switch len(odd) {
 	case 0:
-		return decidePrefix(spots, spotOf, st), nil
+		return decidePrefix(spots, spotOf, st, plausible), nil
 	case 1:
 		return decideDamage(r, st, spots, spotOf, odd[0], plausible), nil
 	}
@@ -170,7 +173,7 @@ func (s *spot) complaint() string {
 }
 
 // decidePrefix decides when every place holds an image of its own.
-func decidePrefix(spots, spotOf []*spot, st Status) Decision {
+func decidePrefix(spots, spotOf []*spot, st Status, plausible func([]byte) bool) Decision {
 	n := len(spotOf)
 	possible := make([]bool, n+1)
 	for p := range possible {
@@ -189,6 +192,9 @@ func decidePrefix(spots, spotOf []*spot, st Status) Decision {
 			}
 		}
 		if left == 0 {
+			if d, ok := decideOlder(spots, spotOf, st, plausible); ok {
+				return d
+			}
 			return Decision{Action: Stale, Reason: fmt.Sprintf("block at offset 0x%x holds an image that does not go with those of the blocks before it", s.off)}
 		}
 	}
@@ -221,6 +227,30 @@ func decidePrefix(spots, spotOf []*spot, st Status) Decision {
 		return Decision{Action: Finish, From: n}
 	}
 	return Decision{Action: RollForward, From: p}
+}
+
+// decideOlder decides when the images fit no state, but would if the place that was being written held what it did before
+// that block: an older image of a place that is written several times may be zeros, and so may be what a cut leaves.
+// An older one that anybody would write is somebody's backup.
+func decideOlder(spots, spotOf []*spot, st Status, plausible func([]byte) bool) (Decision, bool) {
+	if st.State != Committing {
+		return Decision{}, false
+	}
+	flight := spotOf[st.Index]
+	older := false
+	for i, k := range flight.blocks {
+		older = older || k < st.Index && flight.match[i]
+	}
+	if !older || plausible == nil || plausible(flight.got) {
+		return Decision{}, false
+	}
+	for _, s := range spots {
+		if s != flight && !s.fits(st.Index) {
+			return Decision{}, false
+		}
+	}
+	return Decision{Action: RollForward, From: st.Index, Damaged: true,
+		Reason: fmt.Sprintf("block at offset 0x%x holds an older image than the one before it was written", flight.off)}, true
 }
 
 // decideDamage decides when exactly one place, s, holds no image of its own.

@@ -48,6 +48,7 @@ func TestDecide(t *testing.T) {
 	torn := slices.Concat(img("a1")[:200], img("a0")[200:])
 	tornUnion := slices.Concat(img("a1")[:64], img("a2")[64:])
 	garbage := bytes.Repeat([]byte{0xa5}, 512)
+	nothing := func(b []byte) bool { return false } // is plausible
 	noGarbage := func(b []byte) bool { return !bytes.Equal(b, garbage) }
 	with := func(v volume, off int64, b []byte) volume { v[off] = b; return v }
 
@@ -106,6 +107,8 @@ func TestDecide(t *testing.T) {
 		{"union, all", union, committing(union, 2), vol("a2", "b1"), nil, Finish, 3, false, ""},
 		{"union, skipped", union, committing(union, 2), vol("a2", "b0"), nil, Stale, 0, false, "0x200"},
 		{"union, not begun", union, committing(union, 2), vol("a0", "b1"), nil, Stale, 0, false, "0x200"},
+		{"union, garbage like the first image", union, committing(union, 2), vol("a0", "b1"), nothing, RollForward, 2, true, "older image"},
+		{"union, garbage like the first image, begun", union, committing(union, 1), vol("a0", "b1"), nothing, Stale, 0, false, "0x200"},
 		{"union, last torn", union, committing(union, 2), with(vol("", "b1"), 0, tornUnion), nil, RollForward, 2, true, "torn"},
 		{"union, last torn too early", union, committing(union, 0), with(vol("", "b1"), 0, tornUnion), nil, Stale, 0, false, "0x200"},
 		{"union, last torn, other old", union, committing(union, 2), with(vol("", "b0"), 0, tornUnion), nil, Stale, 0, false, "0x200"},
