@@ -649,8 +649,8 @@ func (pl *planner) slotOff(n *Node, i int) int64 {
 	panic("internal error: slot beyond the end of its directory")
 }
 
-// insert puts a new group into a parent: into deleted slots that lie in one sector, or behind the last entry, where it may
-// span sectors; blocks sees to their order.
+// insert puts a new group into a parent: into deleted slots that lie in one sector, or behind the last entry. Only a group
+// that is larger than a sector spans two; blocks sees to their order.
 func (pl *planner) insert(parent *Node, group []byte) error {
 	raw := pl.raw[parent]
 	k := len(group) / slotSize
@@ -697,6 +697,16 @@ func (pl *planner) insert(parent *Node, group []byte) error {
 		}
 		pl.raw[parent] = raw
 	}
+	if rest := per - end%per; k > rest && k <= per {
+		// A group in one sector appears in one write. In two it would leave long-name slots behind where a cut comes in
+		// between and no journal is there yet to finish it. What is left of this sector serves shorter names.
+		for j := end; j < end+rest; j++ {
+			clear(raw[j*slotSize : (j+1)*slotSize])
+			raw[j*slotSize] = slotDeleted
+			pl.mayEdit(parent, j)
+		}
+		end += rest
+	}
 	copy(raw[end*slotSize:], group)
 	for j := end; j < end+k; j++ {
 		pl.mayEdit(parent, j)
@@ -719,9 +729,9 @@ func zero(b []byte) bool { return len(bytes.Trim(b, "\x00")) == 0 }
 //
 // It goes from the end to the beginning, so that a deleted entry whose slots lie in two sectors loses its short slot,
 // which is the last, before its long name; and so that what lies behind the end marker is in place before the marker
-// goes. For firmware nothing behind the marker is there, but Linux reads on, and would see an entry without the long
-// name that is still to come. So new entries in sectors behind that of the marker are written with their short slots
-// marked deleted, which no reader sees, and come alive from the beginning to the end, after the marker has gone.
+// goes. For firmware nothing behind the marker is there, but Linux reads on, and would see an entry too early, or without
+// the long name that is still to come. So new entries in sectors behind that of the marker are first written as deleted
+// ones, which no reader sees, and come alive from the beginning to the end, after the marker has gone.
 func (pl *planner) blocks(parent *Node, before []byte, paths []string) {
 	if pl.need != nil {
 		return
@@ -758,13 +768,11 @@ func (pl *planner) blocks(parent *Node, before []byte, paths []string) {
 	}
 }
 
-// asleep is a sector of a directory with every entry in it marked deleted; long-name slots stay as they are.
+// asleep is a sector of a directory with every slot in it marked deleted.
 func asleep(sector []byte) []byte {
 	b := bytes.Clone(sector)
 	for at := 0; at < len(b) && b[at] != slotEnd; at += slotSize {
-		if b[at+offAttr]&attrLongMask != attrLong {
-			b[at] = slotDeleted
-		}
+		b[at] = slotDeleted
 	}
 	return b
 }

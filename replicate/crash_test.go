@@ -7,8 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"maps"
-	"math/rand/v2"
-	"os"
 	"strings"
 	"testing"
 
@@ -210,48 +208,3 @@ func crashCases() map[string][2]map[string]string {
 }
 
 var crashSelect = Selection{Select: []string{"loader", "EFI/Linux", "EFI/BOOT", "EFI/debian", "0123456789abcdef0123456789abcdef", "vmlinuz-linux", "Long name in the root.img"}}
-
-func TestPowerCut(t *testing.T) {
-	limit, random := 3000, 60
-	if testing.Short() {
-		limit, random = 300, 10
-	}
-	if os.Getenv("ESPMIRROR_LONG") != "" {
-		limit, random = 200_000, 2000
-	}
-	for name, trees := range crashCases() {
-		for _, g := range geometries {
-			t.Run(name+"/"+g.name, func(t *testing.T) {
-				t.Parallel()
-				o := Options{Selection: crashSelect}
-				m := newVolume(t, g)
-				if trees[0] != nil {
-					if res := syncMem(t, newMemSource(trees[0]), m, o); res.Err != nil {
-						t.Fatal(res.Err)
-					}
-				}
-				c := record1(t, g, m.Bytes(), newMemSource(trees[1]), o)
-				// What a reader sees, without replay: exhaustive where the limit allows.
-				stats, err := c.rec.ExploreLazy(fixtures.CrashOptions{Limit: limit}, func(s *fixtures.State) error {
-					_, err := c.visible(s)
-					return err
-				})
-				if err != nil {
-					t.Fatal(err)
-				}
-				// And what recovery makes of it.
-				more, err := c.rec.Explore(fixtures.CrashOptions{Limit: 64, Random: random, Seed: rand.Uint64()}, func(s *fixtures.State) error {
-					k, err := c.visible(s)
-					if err != nil {
-						return err
-					}
-					return c.recovered(s, k)
-				})
-				if err != nil {
-					t.Fatal(err)
-				}
-				t.Logf("%d trees, %d epochs: %d states read (%d epochs not whole), %d recovered", len(c.allowed), stats.Epochs, stats.States, stats.Partial, more.States)
-			})
-		}
-	}
-}

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path"
 	"path/filepath"
+	"runtime/debug"
 	"sort"
 	"strings"
 	"testing"
@@ -18,7 +19,10 @@ import (
 	"espmirror/fixtures"
 )
 
-func TestMain(m *testing.M) { os.Exit(fixtures.Main(m)) }
+func TestMain(m *testing.M) {
+	debug.SetGCPercent(400) // volumes in memory come and go
+	os.Exit(fixtures.Main(m))
+}
 
 // memSource is a source in memory: path → content.
 type memSource struct {

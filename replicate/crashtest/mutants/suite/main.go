@@ -41,9 +41,6 @@ func main() {
 
 func (s *suite) say() { _ = json.NewEncoder(os.Stdout).Encode(s.at) }
 
-// setup is an error of what is not the mutant's fault.
-type setup struct{ error }
-
 // kind says what killed the mutant.
 func kind(err error) string {
 	var v *crashtest.Violation

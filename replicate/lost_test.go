@@ -4,8 +4,6 @@ import (
 	"bytes"
 	"context"
 	"errors"
-	"fmt"
-	"math/rand/v2"
 	"os"
 	"testing"
 
@@ -17,32 +15,7 @@ import (
 // long says whether the tests may take their time.
 func long() bool { return os.Getenv("ESPMIRROR_LONG") != "" }
 
-// without is the recording of a device that ignored flush k.
-func without(rec *fixtures.Recording, k int) *fixtures.Recording {
-	out := &fixtures.Recording{Base: rec.Base, Sector: rec.Sector}
-	n := 0
-	for _, op := range rec.Ops {
-		if op.Flush {
-			if n++; n-1 == k {
-				continue
-			}
-		}
-		out.Ops = append(out.Ops, op)
-	}
-	return out
-}
-
-func flushes(rec *fixtures.Recording) int {
-	n := 0
-	for _, op := range rec.Ops {
-		if op.Flush {
-			n++
-		}
-	}
-	return n
-}
-
-// explore runs the assertions of the power-cut test over a recording of c.
+// explore judges the states of a recording: what is visible, and what recovery makes of it.
 func (c *crashRun) explore(rec *fixtures.Recording, limit, random int) error {
 	if _, err := rec.ExploreLazy(fixtures.CrashOptions{Limit: limit}, func(s *fixtures.State) error {
 		_, err := c.visible(s)
@@ -70,56 +43,6 @@ func prepared(t testing.TB, g geometry, trees [2]map[string]string, o Options) *
 		}
 	}
 	return record1(t, g, m.Bytes(), newMemSource(trees[1]), o)
-}
-
-// TestDroppedFlush is the negative control of TestPowerCut: on a device that ignores one flush the same assertions must
-// fail for each barrier that the protocol needs.
-func TestDroppedFlush(t *testing.T) {
-	cases := crashCases()
-	for _, g := range []geometry{geometries[0], geometries[2], geometries[5]} {
-		t.Run(g.name, func(t *testing.T) {
-			t.Parallel()
-			c := prepared(t, g, cases["replace"], Options{Selection: crashSelect})
-			// Flushes of a transaction with one commit: idle journal, payload, J, B1, B2, B3, B4.
-			names := []string{"idle", "payload", "J", "B1", "B2", "B3", "B4"}
-			if n := flushes(c.rec); n != len(names) {
-				t.Fatalf("%d flushes, want %d", n, len(names))
-			}
-			if err := c.explore(c.rec, 2000, 50); err != nil {
-				t.Fatal("with every flush: ", err)
-			}
-			for k, name := range names {
-				err := c.explore(without(c.rec, k), 2000, 300)
-				switch name {
-				case "J", "B1", "B2", "B3":
-					if err == nil {
-						t.Errorf("without %s: the crash test finds nothing", name)
-					}
-				default:
-					// The base image is stable, and a header without its payload is recognised: these protect against
-					// what went before.
-					if err != nil {
-						t.Errorf("without %s: %v", name, err)
-					}
-				}
-			}
-		})
-	}
-	t.Run("several commits", func(t *testing.T) {
-		t.Parallel()
-		c := prepared(t, geometries[2], cases["kernel update"], Options{Selection: crashSelect})
-		found := 0
-		n := flushes(c.rec)
-		for k := range n {
-			if c.explore(without(c.rec, k), 500, 200) != nil {
-				found++
-			}
-		}
-		t.Logf("%d of %d flushes are missed when they are dropped", found, n)
-		if found < 4 { // J, B1, B2 and B3, of two commits at least one each
-			t.Errorf("only %d of %d flushes are missed", found, n)
-		}
-	})
 }
 
 // TestLostWrites syncs to devices that drop writes without a word. Reading back must notice before the commit, or
@@ -209,56 +132,4 @@ func (d *losing) WriteAt(p []byte, off int64) (int, error) {
 		}
 	}
 	return len(p), nil
-}
-
-// TestCutDuringRecovery records the recovery of sampled crash states, and explores the epochs of that.
-func TestCutDuringRecovery(t *testing.T) {
-	samples, random := 6, 6
-	if testing.Short() {
-		samples, random = 2, 3
-	}
-	if long() {
-		samples, random = 200, 100
-	}
-	for name, trees := range crashCases() {
-		for _, g := range geometries {
-			if !long() && g.name != "FAT12" && g.name != "FAT16" && g.name != "FAT32" {
-				continue
-			}
-			t.Run(name+"/"+g.name, func(t *testing.T) {
-				t.Parallel()
-				c := prepared(t, g, trees, Options{Selection: crashSelect})
-				rng := rand.New(rand.NewPCG(3, 4))
-				seen := 0
-				_, err := c.rec.Explore(fixtures.CrashOptions{Limit: samples, Random: samples, Seed: 5}, func(s *fixtures.State) error {
-					// The prefixes of a large epoch are many and alike.
-					if seen++; !long() && rng.IntN(3) > 0 {
-						return nil
-					}
-					k, err := c.visible(s)
-					if err != nil {
-						return err
-					}
-					r := fixtures.NewRecorder(s, g.sector)
-					if _, err := Recover(context.Background(), &Target{Name: "cut", Dev: r}, RecoverOptions{}); err != nil {
-						return err
-					}
-					_, err = r.Recording().Explore(fixtures.CrashOptions{Limit: 16, Random: random, Seed: 6}, func(s *fixtures.State) error {
-						k2, err := c.visible(s)
-						if err != nil {
-							return err
-						}
-						if k2 < k {
-							return fmt.Errorf("recovery went back from tree %d to %d", k, k2)
-						}
-						return c.recovered(s, k2)
-					})
-					return err
-				})
-				if err != nil {
-					t.Fatal(err)
-				}
-			})
-		}
-	}
 }
