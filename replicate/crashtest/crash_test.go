@@ -75,7 +75,7 @@ const checked = 20
 // TestPowerCut cuts generated runs wherever they can be cut. `make crash` does the same for longer.
 func TestPowerCut(t *testing.T) {
 	from, n := setting("ESPMIRROR_SEED", 1), setting("ESPMIRROR_SEEDS", 500)
-	b := Budget{Read: 4096, Recover: 48, Random: 6, Torn: 32, Twice: 10, TwiceStep: 6, Thrice: 4, ThriceStep: 8, Samples: 2}
+	b := Budget{Read: 4096, Recover: 32, Random: 4, Torn: 14, Twice: 8, TwiceStep: 8, Thrice: 3, ThriceStep: 8, Samples: 2}
 	if testing.Short() {
 		n = min(n, 60)
 	}
