@@ -158,7 +158,7 @@ func (v *Volume) MendFSInfo(onlyUnknown bool) (bool, error) {
 	b, readErr := v.fsinfo()
 	made := false
 	if readErr != nil || b == nil && !onlyUnknown {
-		b = v.lostFSInfo(readErr == nil)
+		b = v.lostFSInfo()
 		made = b != nil
 	}
 	if b == nil || !made && onlyUnknown && binary.LittleEndian.Uint32(b[fsiFree:]) != fsiUnknown {
@@ -175,17 +175,22 @@ func (v *Volume) MendFSInfo(onlyUnknown bool) (bool, error) {
 	return true, v.putFSInfo(b)
 }
 
-// lostFSInfo returns a new FSInfo sector for one that is unreadable or, when readable is set, has other content; nil where
-// it must not be written. The boot sector says that the place is FSInfo's. What cannot be read is of no use to anybody,
+// lostFSInfo returns a new FSInfo sector for one that is unreadable, or has other content; nil where it must not be
+// written. The boot sector says that the place is FSInfo's. What cannot be read is of no use to anybody,
 // and Linux does not mount such a volume. Other content may be somebody's code, unless it is blank or FSInfo's backup is
 // where it should be, as many sectors behind the backup boot sector as FSInfo is behind the boot sector.
-func (v *Volume) lostFSInfo(readable bool) []byte {
+func (v *Volume) lostFSInfo() []byte {
 	g := &v.geo
 	if g.FSInfoOff < 0 || g.FSInfoOff == g.BackupBootOff {
 		return nil
 	}
 	b := make([]byte, g.SectorSize)
-	if err := v.readAround(b, g.FSInfoOff, func(sector []byte, _ int64, _ error) error { clear(sector); return nil }); err != nil {
+	readable := true // unless it fails once more; what was there may come back
+	if err := v.readAround(b, g.FSInfoOff, func(sector []byte, off int64, _ error) error {
+		clear(sector)
+		readable = readable && off >= g.FSInfoOff+512
+		return nil
+	}); err != nil {
 		return nil
 	}
 	if readable && !zero(b[:512]) && !bytes.Equal(b[:512], bytes.Repeat([]byte{0xFF}, 512)) {

@@ -3,6 +3,7 @@ package replicate
 import (
 	"bytes"
 	"context"
+	"errors"
 	"testing"
 
 	"espmirror/blockdev"
@@ -175,5 +176,58 @@ func TestGarbageAfterCommit(t *testing.T) {
 			}
 			fixtures.Count("states", int64(tried))
 		})
+	}
+}
+
+// TestGarbageBesideOtherDamage has garbage in the commit sector and something else that is damaged: the record's image of
+// the sector must outlast the refusal.
+func TestGarbageBesideOtherDamage(t *testing.T) {
+	g := geometries[2]
+	c := prepared(t, g, crashCases()["replace"], Options{Selection: crashSelect})
+	base := make([]byte, c.rec.Base.Size())
+	if _, err := c.rec.Base.ReadAt(base, 0); err != nil {
+		t.Fatal(err)
+	}
+	dev := blockdev.NewMem(bytes.Clone(base), g.sector)
+	v, err := fatdriver.Open(dev)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tree, err := v.Scan()
+	if err != nil {
+		t.Fatal(err)
+	}
+	geo := v.Geometry()
+	slot := geo.RootOff
+	for base[slot] != 0 {
+		slot += 32
+	}
+	tried := 0
+	for _, op := range c.rec.Ops {
+		if op.Flush {
+			continue
+		}
+		if tree.InDirectory("EFI", op.Off) {
+			cut := newWeak(dev.Bytes(), g.sector)
+			clear(cut.Bytes()[op.Off : op.Off+int64(g.sector)])
+			copy(cut.Bytes()[slot:], "OTHER   BIN")
+			cut.Bytes()[slot+28] = 5 // five bytes, and no cluster
+			var hint *Hint
+			rec, err := Recover(context.Background(), &Target{Name: "cut", Dev: cut}, RecoverOptions{})
+			if !errors.Is(err, fatdriver.ErrDamaged) || !errors.As(err, &hint) || cut.writes > 0 {
+				t.Fatalf("%+v, %v, %d writes", rec, err, cut.writes)
+			}
+			cut.Bytes()[slot] = 0xE5
+			if err := c.recovered(cut, 0); err != nil {
+				t.Fatal(err)
+			}
+			tried++
+		}
+		if _, err := dev.WriteAt(op.Data, op.Off); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if tried == 0 {
+		t.Fatal("EFI was not written")
 	}
 }

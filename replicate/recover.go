@@ -153,6 +153,10 @@ func recoverVolume(v *fatdriver.Volume, log *slog.Logger, more thorough) (*Recov
 		if err != nil {
 			return rec, err
 		}
+		if damage := tree.Damage(); why != "" && damage != nil {
+			// Neither is whole, and the record may hold the only image of what is missing: not to be given up.
+			return rec, &Hint{fmt.Errorf("%w; and %s", damage, why), "nothing was written, and the record of the interrupted run is kept; mend what else is damaged, and recover again"}
+		}
 		if why != "" {
 			decision = journal.Decision{Action: journal.Stale, Reason: why}
 		}
