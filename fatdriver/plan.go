@@ -727,11 +727,11 @@ func zero(b []byte) bool { return len(bytes.Trim(b, "\x00")) == 0 }
 // blocks compares a parent before and after a step, sector by sector, and appends a block for each write that leads from
 // one to the other.
 //
-// It goes from the end to the beginning, so that a deleted entry whose slots lie in two sectors loses its short slot,
-// which is the last, before its long name; and so that what lies behind the end marker is in place before the marker
-// goes. For firmware nothing behind the marker is there, but Linux reads on, and would see an entry too early, or without
-// the long name that is still to come. So new entries in sectors behind that of the marker are first written as deleted
-// ones, which no reader sees, and come alive from the beginning to the end, after the marker has gone.
+// Up to the sector of the end marker it goes from the end to the beginning, so that a deleted entry whose slots lie in
+// two sectors loses its short slot, which is the last, before its long name. What lies behind that sector comes alive
+// after it, from the beginning to the end. For firmware nothing behind the marker is there, but Linux reads on, and would
+// see what is left of a directory that was there once, or an entry without the long name that is still to come: where
+// that could be, the sector is first written with all slots deleted.
 func (pl *planner) blocks(parent *Node, before []byte, paths []string) {
 	if pl.need != nil {
 		return
@@ -754,16 +754,29 @@ func (pl *planner) blocks(parent *Node, before []byte, paths []string) {
 		marker += slotSize
 	}
 	behind := marker/ss*ss + ss // where the sector of the marker ends
+	changed := func(at int) bool { return !bytes.Equal(before[at:at+ss], raw[at:at+ss]) }
+	// A sector that begins with an end marker stays out of sight until it is written, and what it then holds is whole,
+	// unless its first slot goes on with the long name of the sector before.
+	seen := func(at int) bool {
+		last := raw[at-slotSize : at]
+		return before[at] != slotEnd || last[0] != slotDeleted && last[offAttr]&attrLongMask == attrLong
+	}
 	for at := len(raw) - ss; at >= 0; at -= ss {
-		if now := raw[at : at+ss]; at >= behind && !bytes.Equal(before[at:at+ss], now) {
-			add(at, before[at:at+ss], asleep(now))
-		} else {
-			add(at, before[at:at+ss], now)
+		switch {
+		case !changed(at):
+		case at < behind:
+			add(at, before[at:at+ss], raw[at:at+ss])
+		case seen(at):
+			add(at, before[at:at+ss], asleep(raw[at:at+ss]))
 		}
 	}
 	for at := behind; at < len(raw); at += ss {
-		if now := raw[at : at+ss]; !bytes.Equal(before[at:at+ss], now) {
-			add(at, asleep(now), now)
+		switch {
+		case !changed(at):
+		case seen(at):
+			add(at, asleep(raw[at:at+ss]), raw[at:at+ss])
+		default:
+			add(at, before[at:at+ss], raw[at:at+ss])
 		}
 	}
 }

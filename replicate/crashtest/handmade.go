@@ -157,6 +157,9 @@ func HandmadeScenarios() []*Handmade {
 	add("EFI is full, no journal", fat16, boot, vendors, full, Wear{Holes: 40, NoJournal: true}, nil, vendorSelect...)
 	add("files in the root", fat16, rootOnly, rootFiles, rootOthers, Wear{}, behindEnd, one, two)
 	add("files leave the root", fat16, rootFiles, rootOnly, rootOthers, Wear{}, behindEnd, one, two)
+	// A name of 19 slots lies in two sectors or more, and Linux reads on behind the end marker.
+	giant := strings.Repeat("a name that is longer than a sector ", 6) + ".img"
+	add("a giant name in the root", fat16, boot, with(boot, func(t Tree) { t[giant], t[one] = blob("giant", 700), blob("one", 700) }), nil, Wear{}, nil, giant, one)
 	add("another volume's journal", fat16, boot, replaced, microsoft, Wear{}, serial)
 	// One commit of several bytes, in both halves of a sector.
 	images := with(boot, func(t Tree) { t["A.IMG"], t["Z.IMG"] = blob("a", 700), blob("z", 900) })

@@ -170,7 +170,7 @@ var Table = []Mutant{
 		}`}}},
 	{Name: "blocks from the beginning", Breaks: "new entries behind the end marker are written from the marker on", First: "root", Patches: []Patch{
 		{planGo, "for at := len(raw) - ss; at >= 0; at -= ss {", "", "\nat := at\nif mutant(\"blocks from the beginning\") {\nat = len(raw) - ss - at\n}"}}},
-	{Name: "wakes before its long name", Breaks: "an entry behind the end marker is there before its long name, for Linux", First: "EFI is full", Patches: []Patch{
+	{Name: "wakes before its long name", Breaks: "an entry behind the end marker is there before its long name, for Linux", First: "giant", Patches: []Patch{
 		{planGo, "b[at] = slotDeleted", "b[at] = slotDeleted", "if !mutant(\"wakes before its long name\") {\nb[at] = slotDeleted\n}"}}},
 	{Name: "no zero padding", Breaks: "the rest of a file's last cluster is not written", Patches: []Patch{
 		{txGo, "if err := w.raw(make([]byte, w.tx.v.geo.ClusterSize-rest)); err != nil {", "w.raw(make([]byte, w.tx.v.geo.ClusterSize-rest))",
