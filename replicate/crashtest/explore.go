@@ -335,10 +335,11 @@ func (c *Run) tears(epoch int, sector int64, versions [][]byte) fixtures.Tears {
 }
 
 // liveFAT says whether the FAT sector at byte at of a copy holds an entry that a reader needs at the beginning or at the
-// end of an epoch.
+// end of an epoch. Readers read whole sectors of the volume, which may be several of the device.
 func (c *Run) liveFAT(epoch int, at int64) bool {
 	base := c.layout.FATEntryExtent(0, 0).Off
-	unit := int64(c.g.unit())
+	unit := int64(max(c.g.unit(), c.g.Sector))
+	at -= at % unit
 	if at < unit {
 		return true // FAT[0] and FAT[1]
 	}
