@@ -53,7 +53,7 @@ bench: build judges ## times and exact counts beside mtools, as a table; BENCHFL
 	@$(GO) run ./scripts/bench $(BENCHFLAGS) $(BIN)
 
 crash: judges ## power cuts by the million, with every judge; goes on where it was stopped; CRASHFLAGS="-time 1h"
-	@mkdir -p out docs
+	@mkdir -p out
 	@$(GO) build -o out/crash-tool ./scripts/crash
 	@out/crash-tool -report crash-report.json -doc docs/power-cuts.md $(CRASHFLAGS)
 

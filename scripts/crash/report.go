@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"maps"
 	"os"
+	"path/filepath"
 	"runtime"
 	"slices"
 	"strings"
@@ -86,7 +87,11 @@ func (r *runner) finish(ctx context.Context) error {
 	text := rep.markdown()
 	fmt.Fprint(r.w, text)
 	if r.doc != "" {
-		if err := os.WriteFile(r.doc, []byte(text), 0o644); err != nil {
+		err := os.MkdirAll(filepath.Dir(r.doc), 0o755)
+		if err == nil {
+			err = os.WriteFile(r.doc, []byte(text), 0o644)
+		}
+		if err != nil {
 			return fmt.Errorf("cannot write the report: %w", err)
 		}
 	}
