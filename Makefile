@@ -55,7 +55,7 @@ bench: build judges ## times and exact counts beside mtools, as a table; BENCHFL
 crash: judges ## power cuts by the million, with every judge; goes on where it was stopped; CRASHFLAGS="-time 1h"
 	@mkdir -p out
 	@$(GO) build -o out/crash-tool ./scripts/crash
-	@out/crash-tool -report crash-report.json -doc docs/power-cuts.md $(CRASHFLAGS)
+	@out/crash-tool -report docs/crash-report.json -doc docs/power-cuts.md $(CRASHFLAGS)
 
 kill-test: build judges ## kill -9 of sync at ROUNDS (200) random moments on a loop device; needs root
 	@scripts/kill-test.sh $(ROUNDS)

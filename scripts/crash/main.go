@@ -56,7 +56,7 @@ func main() {
 	flag.IntVar(&s.jobs, "jobs", runtime.NumCPU(), "scenarios at a time")
 	flag.DurationVar(&s.limit, "time", 0, "stop after that `time` and report what was reached; 0: when all is done")
 	flag.StringVar(&s.out, "out", "out/crash", "`directory` of the progress file and of images")
-	flag.StringVar(&s.report, "report", "crash-report.json", "report `file`")
+	flag.StringVar(&s.report, "report", "docs/crash-report.json", "report `file`")
 	flag.StringVar(&s.doc, "doc", "", "Markdown `file` of the report's tables; \"\": none")
 	flag.BoolVar(&s.mutants, "mutants", true, "also run the mutants")
 	replay := flag.Bool("replay", false, "judge one state again: SEED LINE [LINE…]")

@@ -81,15 +81,15 @@ func (r *runner) finish(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if err := os.WriteFile(r.report, append(b, '\n'), 0o644); err != nil {
-		return fmt.Errorf("cannot write the report: %w", err)
-	}
 	text := rep.markdown()
 	fmt.Fprint(r.w, text)
-	if r.doc != "" {
-		err := os.MkdirAll(filepath.Dir(r.doc), 0o755)
+	for path, content := range map[string]string{r.report: string(b) + "\n", r.doc: text} {
+		if path == "" {
+			continue
+		}
+		err := os.MkdirAll(filepath.Dir(path), 0o755)
 		if err == nil {
-			err = os.WriteFile(r.doc, []byte(text), 0o644)
+			err = os.WriteFile(path, []byte(content), 0o644)
 		}
 		if err != nil {
 			return fmt.Errorf("cannot write the report: %w", err)
