@@ -85,8 +85,11 @@ func (t *table) get(c Cluster) (uint32, error) {
 	return decodeEntry(t.geo.Type, c, p[off%pageSize:]), nil
 }
 
+// zeroBlock is what most of a FAT consists of.
+var zeroBlock [256]byte
+
 // eachUsed calls f with the entry of every cluster that is not free, ascending; an error ends it. Most of a FAT is
-// zeros, and these are passed over by the word.
+// zeros, and these are passed over in blocks.
 func (t *table) eachUsed(f func(c Cluster, e uint32) error) error {
 	typ, last := t.geo.Type, t.geo.MaxCluster()
 	per := Cluster(pageSize * 8 / int(typ)) // entries of a page; FAT12 has but one page
@@ -110,7 +113,11 @@ func (t *table) eachUsed(f func(c Cluster, e uint32) error) error {
 			o, _ := entryOffset(typ, c)
 			o -= off
 			if word > 0 && c%word == 0 && o+8 <= int64(len(p)) && binary.LittleEndian.Uint64(p[o:]) == 0 {
-				c += word - 1
+				n := Cluster(1)
+				for at := o + 8; at+int64(len(zeroBlock)) <= int64(len(p)) && [len(zeroBlock)]byte(p[at:]) == zeroBlock; at += int64(len(zeroBlock)) {
+					n += Cluster(len(zeroBlock) / 8)
+				}
+				c += n*word - 1
 				continue
 			}
 			e := decodeEntry(typ, c, p[o:])

@@ -15,7 +15,8 @@ import (
 func (v *Volume) MendFATs() (int64, error) {
 	g := &v.geo
 	var wrote int64
-	want, have := make([]byte, pageSize), make([]byte, pageSize)
+	unit := min(int64(pageSize), g.FATSize)
+	want, have := make([]byte, unit), make([]byte, unit)
 	ss := int64(g.SectorSize)
 	for n := 1; n < g.NumFATs; n++ {
 		for at := int64(0); at < g.FATSize; at += pageSize {

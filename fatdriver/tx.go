@@ -391,7 +391,7 @@ func (tx *Tx) Digest() [32]byte {
 func (v *Volume) DigestOf(objects []Run) ([32]byte, error) {
 	var sum [32]byte
 	h := sha256.New()
-	buf := make([]byte, spoolSize)
+	buf := make([]byte, pageSize)
 	used := newBitmap(&v.geo)
 	for _, o := range objects {
 		for i := uint32(0); i < o.Count; i++ {

@@ -15,8 +15,9 @@ type Budget struct {
 	Read int
 	// Recover is the limit of an epoch for reading and then recovering; Random more are drawn where that is not all.
 	Recover, Random int
-	// Torn is the limit of an epoch for the same with one sector torn, by the models that the claim covers.
-	Torn int
+	// Torn is the limit of an epoch for the same with up to TornSectors (1 if zero) sectors torn, by the models that the
+	// claim covers.
+	Torn, TornSectors int
 	// Twice is the limit of an epoch of the recovery of a state of the Recover phase, of which every TwiceStep-th is cut
 	// again. Thrice is that of cuts of a second recovery, of every ThriceStep-th.
 	Twice, TwiceStep, Thrice, ThriceStep int
@@ -249,7 +250,7 @@ func (x *explorer) again(rec *fixtures.Recording, k, depth int) error {
 
 // tearing does the same with one sector torn, in the ways that the sector is to survive.
 func (x *explorer) tearing() error {
-	o := fixtures.CrashOptions{Limit: x.b.Torn, Random: x.b.Torn / 8, Seed: x.Scenario.Seed, Tears: x.tears}
+	o := fixtures.CrashOptions{Limit: x.b.Torn, Random: x.b.Torn / 8, Seed: x.Scenario.Seed, Tears: x.tears, Torn: x.b.TornSectors}
 	return x.lazily(x.Recording, o, &x.t.Torn, func(s *fixtures.State) error {
 		k, err := x.Visible(s, 0)
 		if err != nil {

@@ -13,6 +13,12 @@ import (
 // say, and mtools, which reads every file. A state costs them a few milliseconds, as only the sectors in which it
 // differs from the one before are written.
 type Outside struct {
+	// Mtools is that mtools, which takes several times as long, gets every so many states; 1 if zero.
+	Mtools int
+	// Judged and Read count the calls of fsck.fat and of mtools.
+	Judged, Read int64
+
+	n    int
 	run  *Run
 	file *os.File
 	base *fixtures.Sparse
@@ -81,10 +87,16 @@ func (o *Outside) Judge(cut *fixtures.State, _ int, recovered *fixtures.State) e
 		if err := o.fsck(x.allow); err != nil {
 			return fmt.Errorf("%s: %w", x.when, err)
 		}
+		o.Judged++
+		if o.n%max(o.Mtools, 1) != 0 || o.run.Scenario.Wear.DirtyFAT { // mtools refuses a dirty FAT
+			continue
+		}
+		o.Read++
 		if err := o.mtools(x.states[len(x.states)-1]); err != nil {
 			return fmt.Errorf("%s: %w", x.when, err)
 		}
 	}
+	o.n++
 	return nil
 }
 
@@ -112,9 +124,6 @@ func (o *Outside) fsck(allow fixtures.Allow) error {
 
 // mtools reads every file through mtools and compares with what the strict reader sees in s.
 func (o *Outside) mtools(s *fixtures.State) error {
-	if o.run.Scenario.Wear.DirtyFAT {
-		return nil // mtools refuses such a volume
-	}
 	files, err := fixtures.Mtools(o.file.Name(), 0)
 	if err != nil {
 		return err

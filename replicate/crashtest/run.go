@@ -3,6 +3,7 @@ package crashtest
 import (
 	"context"
 	"crypto/sha256"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -51,22 +52,34 @@ var ErrRefused = errors.New("the run was refused")
 
 // ours says whether a path is espmirror's own, or the directory that exists because of it.
 func ours(path string) bool {
-	k := strings.ToUpper(path)
-	return k == "EFI" || k == "EFI/ESPMIRROR" || strings.HasPrefix(k, "EFI/ESPMIRROR/")
+	if len(path) < 3 || !strings.EqualFold(path[:3], "EFI") {
+		return false
+	}
+	const dir = "EFI/espmirror"
+	return len(path) == 3 || len(path) >= len(dir) && strings.EqualFold(path[:len(dir)], dir) && (len(path) == len(dir) || path[len(dir)] == '/')
 }
 
 // treeDigest hashes everything that a reader sees, except what is our own: names, attributes, times and content of
 // every other entry, and the boot sectors.
 func treeDigest(tree *fixtures.Tree) [32]byte {
 	h := sha256.New()
-	fmt.Fprintf(h, "%x %x %q %v\n", tree.BootSum, tree.BackupSum, tree.Label, tree.HasLabel)
+	b := append(tree.BootSum[:], tree.BackupSum[:]...)
+	b = append(append(b, tree.Label...), byte(len(tree.Label)))
 	for i := range tree.Entries {
 		e := &tree.Entries[i]
 		if ours(e.Path) {
 			continue
 		}
-		fmt.Fprintf(h, "%q %v %d %x %x %x %x %q\n", e.Path, e.Dir, e.Size, e.Sum, e.Attr, e.CaseBits, e.Times, e.Short)
+		b = binary.LittleEndian.AppendUint32(b, uint32(len(e.Path)))
+		b = append(b, e.Path...)
+		b = binary.LittleEndian.AppendUint32(b, e.Size)
+		b = append(append(append(append(b, e.Sum[:]...), e.Attr, e.CaseBits), e.Times[:]...), e.Short[:]...)
+		if len(b) > 4096 {
+			h.Write(b)
+			b = b[:0]
+		}
 	}
+	h.Write(b)
 	return [32]byte(h.Sum(nil))
 }
 

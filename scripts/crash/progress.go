@@ -36,8 +36,8 @@ type progress struct {
 }
 
 type heading struct {
-	Code   string
-	Budget crashtest.Budget
+	Code         string
+	Large, Small crashtest.Budget
 }
 
 // tested are the folders whose code the states depend on.
@@ -76,7 +76,7 @@ func openProgress(path string) (*progress, error) {
 	}
 	p := &progress{done: map[uint64]bool{}, byGeometry: map[string]*crashtest.Tally{}, old: map[string]int64{}, new: map[string]int64{},
 		between: map[string]int64{}, boots: map[string]int64{}}
-	want := heading{code, long}
+	want := heading{code, large, small}
 	if p.f, err = os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o644); err != nil {
 		return nil, err
 	}
