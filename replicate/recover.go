@@ -212,10 +212,11 @@ func recoverVolume(v *fatdriver.Volume, log *slog.Logger, more thorough) (*Recov
 	if lost, err = tree.Lost(); err != nil {
 		return rec, err
 	}
-	if len(lost) > 0 {
+	for again := len(lost) > 0; again; {
+		free := sets
 		switch {
 		case more.reclaim:
-			sets = append(sets, lost)
+			free = append(free, lost)
 		case jl == nil || !home:
 			stamped, err := stampedClusters(v, lost)
 			if err != nil {
@@ -226,13 +227,21 @@ func recoverVolume(v *fatdriver.Volume, log *slog.Logger, more thorough) (*Recov
 			if err != nil {
 				return rec, err
 			}
-			sets = append(sets, stamped, blank)
+			free = append(free, stamped, blank)
 		}
-		if rec.FreedClusters, err = tree.Release(sets...); err != nil {
+		n, err := tree.Release(free...)
+		if err != nil {
 			return rec, err
 		}
-		if rec.FreedClusters > 0 {
+		if n > 0 {
 			if err := v.Device().Flush(); err != nil {
+				return rec, err
+			}
+		}
+		rec.FreedClusters += n
+		// What was a chain before may be a blank cluster by itself now.
+		if again = n > 0 && !more.reclaim && (jl == nil || !home); again {
+			if lost, err = tree.Lost(); err != nil {
 				return rec, err
 			}
 		}

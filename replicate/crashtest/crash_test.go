@@ -125,6 +125,22 @@ func TestPowerCut(t *testing.T) {
 	}
 }
 
+// TestSeedsThatFailed explores scenarios in which the long run once found something, as thoroughly as it does: garbage in
+// a device's sector of a volume's (173), a foreign chain over what is left of a journal (1294), and a volume that mtools
+// refuses because of its last cluster (648).
+func TestSeedsThatFailed(t *testing.T) {
+	b := Budget{Read: 4096, Recover: 400, Random: 20, Torn: 300, TornSectors: 2, Twice: 40, TwiceStep: 3, Samples: 8}
+	dir := t.TempDir()
+	if !outside() {
+		dir = ""
+	}
+	for _, seed := range []uint64{57, 173, 648, 1294} {
+		if _, err := explore(dir, seed, b); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
 // TestEveryDoubleCut cuts small runs at every state, and the recovery of each at every state: nothing is sampled.
 func TestEveryDoubleCut(t *testing.T) {
 	if testing.Short() {

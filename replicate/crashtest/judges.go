@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"espmirror/fatdriver"
 	"espmirror/fixtures"
@@ -125,6 +126,10 @@ func (o *Outside) fsck(allow fixtures.Allow) error {
 // mtools reads every file through mtools and compares with what the strict reader sees in s.
 func (o *Outside) mtools(s *fixtures.State) error {
 	files, err := fixtures.Mtools(o.file.Name(), 0)
+	if err != nil && strings.Contains(err.Error(), fmt.Sprintf("too big(%#x)", o.run.layout.Clusters+1)) {
+		o.Read--
+		return nil // mtools takes the last cluster for one too many, and such a volume for no FAT at all
+	}
 	if err != nil {
 		return err
 	}

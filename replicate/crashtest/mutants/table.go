@@ -99,7 +99,7 @@ var Table = []Mutant{
 	{Name: "one stamp", Breaks: "only the first cluster of a new journal says whose it is", First: "no journal",
 		Patches: []Patch{{journalGo, "for at := g.ClusterSize; at < len(content);", "at < len(content)", `at < len(content) && !mutant("one stamp")`}}},
 	{Name: "stamps unknown", Breaks: "recovery does not know the leftovers of a creation", First: "no journal",
-		Patches: []Patch{{recoverGo, "sets = append(sets, stamped, blank)", "stamped, blank", `unless("stamps unknown", stamped), unless("blank clusters unknown", blank)`}}},
+		Patches: []Patch{{recoverGo, "free = append(free, stamped, blank)", "stamped, blank", `unless("stamps unknown", stamped), unless("blank clusters unknown", blank)`}}},
 	{Name: "blank clusters unknown", Breaks: "recovery does not know the leftovers of a directory that grew", First: "no slot"},
 	{Name: "no flush of the zeros", Breaks: "without a journal, new directory clusters are taken before they hold zeros", First: "no slot",
 		Patches: []Patch{{journalGo, "// Where no record names the cluster", "return tx.Flush()", `return skip("no flush of the zeros", tx.Flush)`}}},
@@ -322,9 +322,9 @@ var Table = []Mutant{
 	{Name: "recovery frees what is reachable", Breaks: "what the record names is freed, reachable or not", Patches: []Patch{
 		{mendGo, "if e == entryBad || t.used.has(c) {", "t.used.has(c)", `t.used.has(c) && !mutant("recovery frees what is reachable")`}}},
 	{Name: "recovery frees nothing", Breaks: "recovery leaves lost clusters behind", Patches: []Patch{
-		{recoverGo, "if rec.FreedClusters, err = tree.Release(sets...); err != nil {", "sets...", `unless("recovery frees nothing", sets)...`}}},
+		{recoverGo, "n, err := tree.Release(free...)", "free...", `unless("recovery frees nothing", free)...`}}},
 	{Name: "no flush after freeing", Breaks: "recovery closes the record before what it freed is stable",
-		Patches: noFlush("no flush after freeing", recoverGo, "if rec.FreedClusters > 0 {", "v.Device().Flush()")},
+		Patches: noFlush("no flush after freeing", recoverGo, "n, err := tree.Release(free...)", "v.Device().Flush()")},
 	{Name: "free count not mended", Breaks: "recovery leaves FSInfo as it is", First: "FAT32",
 		Patches: begin("free count not mended", mendGo, "func (v *Volume) MendFSInfo(onlyUnknown bool) (bool, error) {", "false, nil")},
 	{Name: "recovery leaves the record open", Breaks: "the next recovery does it all again",
