@@ -180,6 +180,8 @@ func run(ctx context.Context, w io.Writer, s settings) error {
 	if n := len(p.done); n > 0 {
 		fmt.Fprintf(w, "going on after %d scenarios and %d states\n", n, p.total.States())
 	}
+	// The report, with the mutants, is made when the time is up, but not when somebody stops the run.
+	stopped := ctx
 	if s.limit > 0 {
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeout(ctx, s.limit)
@@ -239,7 +241,7 @@ func run(ctx context.Context, w io.Writer, s settings) error {
 		}
 	}
 	r.say()
-	return r.finish(ctx)
+	return r.finish(stopped)
 }
 
 // reached says whether every goal is.
