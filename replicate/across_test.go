@@ -27,14 +27,7 @@ func TestJournalAcrossSectors(t *testing.T) {
 				}
 				put(t, m, efi)
 				// What lies behind the end marker must not come alive.
-				v, err := fatdriver.Open(m)
-				if err != nil {
-					t.Fatal(err)
-				}
-				tree, err := v.Scan()
-				if err != nil {
-					t.Fatal(err)
-				}
+				v, tree := scanned(t, m)
 				geo := v.Geometry()
 				copy(m.Bytes()[geo.ClusterOff(tree.Lookup("EFI").Runs[0].First)+int64(g.sector):], "\xE5STALE  BIN")
 				o := Options{Selection: Selection{Select: []string{"loader"}}}

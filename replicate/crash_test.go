@@ -3,10 +3,10 @@ package replicate
 import (
 	"bytes"
 	"context"
-	"crypto/sha256"
 	"errors"
 	"fmt"
 	"maps"
+	"os"
 	"strings"
 	"testing"
 
@@ -15,61 +15,48 @@ import (
 	"espmirror/fixtures"
 )
 
+// scanned opens a volume and reads its tree.
+func scanned(t testing.TB, dev blockdev.Device) (*fatdriver.Volume, *fatdriver.Tree) {
+	t.Helper()
+	v, err := fatdriver.Open(dev)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tree, err := v.Scan()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return v, tree
+}
+
 // crashRun is a recorded sync, and the trees that a reader may see at any moment of it.
 type crashRun struct {
-	g       geometry
-	rec     *fixtures.Recording
-	memo    *fixtures.Memo
-	allowed map[[32]byte]int // digest of the visible tree → number of the state, 0 is the old tree
-	src     Source
-	opt     Options
-	last    int
+	g     geometry
+	base  fixtures.Image // under rec, and not to be changed
+	rec   *fixtures.Recording
+	trees fixtures.Trees
+	src   Source
+	opt   Options
+	last  int // number of the new tree
 }
 
-// treeDigest hashes everything that a reader sees, except our own directory.
-func treeDigest(tree *fixtures.Tree) [32]byte {
-	h := sha256.New()
-	for i := range tree.Entries {
-		e := &tree.Entries[i]
-		k := fatdriver.Fold(e.Path)
-		if strings.HasPrefix(k, "EFI/ESPMIRROR") || k == "EFI" {
-			continue
-		}
-		fmt.Fprintf(h, "%q %v %d %x\n", e.Path, e.Dir, e.Size, e.Sum)
-	}
-	var sum [32]byte
-	h.Sum(sum[:0])
-	return sum
-}
-
-func (c *crashRun) read(r interface {
-	ReadAt([]byte, int64) (int, error)
-	Size() int64
-}, copyNo int, orphans bool) (*fixtures.Tree, error) {
-	return fixtures.ReadStrictOptions(r, r.Size(), copyNo, fixtures.Options{Hash: c.memo.Hash, OrphanLongNames: orphans, Tail: fixtures.TailEDK2})
-}
-
-// record syncs src to a copy of base and collects the trees at its barriers.
+// record1 syncs src to a copy of base and collects the trees at its barriers.
 func record1(t testing.TB, g geometry, base []byte, src Source, o Options) *crashRun {
 	t.Helper()
 	r := fixtures.NewRecorder(fixtures.Image(base), g.sector)
 	if res := syncMem(t, src, r, o); res.Err != nil || res.Outcome != Synced {
 		t.Fatal(res.Outcome, res.Err)
 	}
-	c := &crashRun{g: g, rec: r.Recording(), memo: &fixtures.Memo{}, allowed: map[[32]byte]int{}, src: src, opt: o}
+	c := &crashRun{g: g, base: base, rec: r.Recording(), src: src, opt: o}
 	// The trees at the barriers: each must be whole, and their number is bounded by that of the commits.
 	m := blockdev.NewMem(bytes.Clone(base), g.sector)
 	note := func() {
 		// An entry that goes and whose slots lie in two sectors leaves long-name slots behind between the two commits.
-		tree, err := c.read(m, 0, true)
+		tree, err := c.trees.Read(m, 0, true)
 		if err != nil {
 			t.Fatalf("at a barrier: %v", err)
 		}
-		d := treeDigest(tree)
-		if _, ok := c.allowed[d]; !ok {
-			c.allowed[d] = len(c.allowed)
-		}
-		c.last = c.allowed[d]
+		c.last, _ = c.trees.Add(tree)
 	}
 	note()
 	for _, op := range c.rec.Ops {
@@ -80,37 +67,21 @@ func record1(t testing.TB, g geometry, base []byte, src Source, o Options) *cras
 		}
 	}
 	note()
-	if c.last != len(c.allowed)-1 {
+	if c.last != c.trees.Len()-1 {
 		t.Fatal("a tree came back after another one")
 	}
 	return c
 }
 
 // visible judges what a reader without any replay sees through each FAT copy.
-func (c *crashRun) visible(s blockdev.Device) (int, error) {
-	state := -1
-	for n := 0; n < c.g.fats; n++ {
-		tree, err := c.read(s, n, true)
-		if err != nil {
-			return 0, fmt.Errorf("FAT copy %d: %w", n, err)
-		}
-		k, ok := c.allowed[treeDigest(tree)]
-		if !ok {
-			return 0, fmt.Errorf("FAT copy %d shows a tree that is neither old nor new", n)
-		}
-		if state >= 0 && k != state {
-			return 0, fmt.Errorf("FAT copies show different trees, %d and %d", state, k)
-		}
-		state = k
+func (c *crashRun) visible(v fixtures.Volume) (int, error) {
+	return c.trees.Visible(v, func(tree *fixtures.Tree) error {
 		a, err := tree.Audit()
-		if err != nil {
-			return 0, err
+		if err == nil && len(a.Illegal) > 0 {
+			err = errors.New(a.Illegal[0])
 		}
-		if len(a.Illegal) > 0 {
-			return 0, errors.New(a.Illegal[0])
-		}
-	}
-	return state, nil
+		return err
+	}, []int{0, 1}[:c.g.fats]...)
 }
 
 // recovered recovers a state and judges the result; a second recovery must write nothing.
@@ -120,11 +91,11 @@ func (c *crashRun) recovered(s blockdev.Device, before int) error {
 		return err
 	}
 	for n := 0; n < c.g.fats; n++ {
-		tree, err := c.read(s, n, false)
+		tree, err := c.trees.Read(s, n, false)
 		if err != nil {
 			return fmt.Errorf("after recovery, FAT copy %d: %w", n, err)
 		}
-		k, ok := c.allowed[treeDigest(tree)]
+		k, ok := c.trees.Number(tree)
 		if !ok || k != before && k != c.last {
 			return fmt.Errorf("after recovery, FAT copy %d shows tree %d, it was %d of %d", n, k, before, c.last)
 		}
@@ -150,6 +121,39 @@ func (c *crashRun) recovered(s blockdev.Device, before int) error {
 		return fmt.Errorf("second recovery wrote %d times", n)
 	}
 	return nil
+}
+
+// long says whether the tests may take their time.
+func long() bool { return os.Getenv("ESPMIRROR_LONG") != "" }
+
+// explore judges the states of a recording: what is visible, and what recovery makes of it.
+func (c *crashRun) explore(rec *fixtures.Recording, limit, random int) error {
+	if _, err := rec.ExploreLazy(fixtures.CrashOptions{Limit: limit}, func(s *fixtures.State) error {
+		_, err := c.visible(s)
+		return err
+	}); err != nil {
+		return err
+	}
+	_, err := rec.Explore(fixtures.CrashOptions{Limit: 64, Random: random, Seed: 1}, func(s *fixtures.State) error {
+		k, err := c.visible(s)
+		if err != nil {
+			return err
+		}
+		return c.recovered(s, k)
+	})
+	return err
+}
+
+// prepared makes a target that holds the first tree, and records its sync to the second.
+func prepared(t testing.TB, g geometry, trees [2]map[string]string, o Options) *crashRun {
+	t.Helper()
+	m := newVolume(t, g)
+	if trees[0] != nil {
+		if res := syncMem(t, newMemSource(trees[0]), m, o); res.Err != nil {
+			t.Fatal(res.Err)
+		}
+	}
+	return record1(t, g, m.Bytes(), newMemSource(trees[1]), o)
 }
 
 // crashCases are pairs of trees: what is on the target, and what it is to become.

@@ -356,7 +356,7 @@ func TestSourceFaults(t *testing.T) {
 						if n, err := c.visible(r.State); err != nil || n != 0 {
 							t.Fatalf("%s at read %d: target %d has tree %d, %v", what, k, i, n, err)
 						}
-						tree, err := c.read(r.State, 0, false)
+						tree, err := c.trees.Read(r.State, 0, false)
 						if err != nil {
 							t.Fatal(err)
 						}

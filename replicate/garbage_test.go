@@ -38,14 +38,7 @@ func TestGarbageCommitSector(t *testing.T) {
 					t.Fatal(res.Err)
 				}
 				c := record1(t, g, m.Bytes(), newMemSource(cases[name][1]), o)
-				v, err := fatdriver.Open(m)
-				if err != nil {
-					t.Fatal(err)
-				}
-				tree, err := v.Scan()
-				if err != nil {
-					t.Fatal(err)
-				}
+				v, tree := scanned(t, m)
 				live := func(off int64) bool { // whether a sector belongs to a directory that stays: a commit sector
 					for _, d := range []string{"", "EFI", "EFI/BOOT", "EFI/Linux", "loader"} {
 						if tree.InDirectory(d, off) {
@@ -86,11 +79,11 @@ func TestGarbageCommitSector(t *testing.T) {
 								t.Fatalf("%s at 0x%x: %+v", kind, op.Off, rec)
 							}
 							for n := 0; n < g.fats; n++ {
-								got, err := c.read(cut, n, false)
+								got, err := c.trees.Read(cut, n, false)
 								if err != nil {
 									t.Fatalf("%s at 0x%x, FAT copy %d: %v (%+v)", kind, op.Off, n, err, rec)
 								}
-								if _, ok := c.allowed[treeDigest(got)]; !ok {
+								if _, ok := c.trees.Number(got); !ok {
 									t.Fatalf("%s at 0x%x: the tree is neither old nor new (%+v)", kind, op.Off, rec)
 								}
 								if lost, err := got.Lost(); err != nil || len(lost) > 0 {
@@ -129,11 +122,7 @@ func TestGarbageAfterCommit(t *testing.T) {
 			t.Parallel()
 			o := Options{Selection: crashSelect}
 			c := prepared(t, g, cases["replace"], o)
-			base := make([]byte, c.rec.Base.Size())
-			if _, err := c.rec.Base.ReadAt(base, 0); err != nil {
-				t.Fatal(err)
-			}
-			tree, err := fixtures.ReadStrict(bytes.NewReader(base), int64(len(base)), 0)
+			tree, err := fixtures.ReadStrict(c.base, c.base.Size(), 0)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -145,7 +134,7 @@ func TestGarbageAfterCommit(t *testing.T) {
 				}
 				return false
 			}
-			dev := blockdev.NewMem(bytes.Clone(base), g.sector)
+			dev := blockdev.NewMem(bytes.Clone(c.base), g.sector)
 			commit, tried := int64(-1), 0
 			for _, op := range c.rec.Ops {
 				if op.Flush {
@@ -184,22 +173,11 @@ func TestGarbageAfterCommit(t *testing.T) {
 func TestGarbageBesideOtherDamage(t *testing.T) {
 	g := geometries[2]
 	c := prepared(t, g, crashCases()["replace"], Options{Selection: crashSelect})
-	base := make([]byte, c.rec.Base.Size())
-	if _, err := c.rec.Base.ReadAt(base, 0); err != nil {
-		t.Fatal(err)
-	}
-	dev := blockdev.NewMem(bytes.Clone(base), g.sector)
-	v, err := fatdriver.Open(dev)
-	if err != nil {
-		t.Fatal(err)
-	}
-	tree, err := v.Scan()
-	if err != nil {
-		t.Fatal(err)
-	}
+	dev := blockdev.NewMem(bytes.Clone(c.base), g.sector)
+	v, tree := scanned(t, dev)
 	geo := v.Geometry()
 	slot := geo.RootOff
-	for base[slot] != 0 {
+	for c.base[slot] != 0 {
 		slot += 32
 	}
 	tried := 0

@@ -13,26 +13,11 @@ import (
 
 // danglingEntry names a loader entry that refers to a file that is missing or empty.
 func danglingEntry(tree *fixtures.Tree) error {
-	for i := range tree.Entries {
-		e := &tree.Entries[i]
-		if e.Dir || !strings.HasPrefix(fatdriver.Fold(e.Path), "LOADER/ENTRIES/") {
-			continue
-		}
-		b, err := tree.Read(e)
-		if err != nil {
-			return err
-		}
-		for _, line := range strings.Split(string(b), "\n") {
-			f := strings.Fields(line)
-			if len(f) < 2 || f[0] != "linux" && f[0] != "initrd" && f[0] != "efi" {
-				continue
-			}
-			if to := tree.Get(strings.Trim(f[1], "/")); to == nil || to.Dir || to.Size == 0 {
-				return fmt.Errorf("%s refers to %s, which is missing", e.Path, f[1])
-			}
-		}
+	all, err := tree.Dangling()
+	if err == nil && len(all) > 0 {
+		err = fmt.Errorf("a loader entry refers to a missing file: %s", all[0])
 	}
-	return nil
+	return err
 }
 
 // orderCases change loader entries together with what they refer to, in every direction.
@@ -115,7 +100,7 @@ func TestNoDanglingEntry(t *testing.T) {
 				c := prepared(t, g, trees, Options{Selection: orderSelect})
 				for n := range g.fats {
 					_, err := c.rec.ExploreLazy(fixtures.CrashOptions{Limit: limit}, func(s *fixtures.State) error {
-						tree, err := c.read(s, n, true)
+						tree, err := c.trees.Read(s, n, true)
 						if err != nil {
 							return err
 						}
@@ -223,7 +208,7 @@ func TestLargeSectorsOnSmallBlocks(t *testing.T) {
 					t.Fatal(err)
 				}
 				if _, err := c.rec.ExploreLazy(fixtures.CrashOptions{Limit: 300}, func(s *fixtures.State) error {
-					tree, err := c.read(s, 0, true)
+					tree, err := c.trees.Read(s, 0, true)
 					if err != nil {
 						return err
 					}

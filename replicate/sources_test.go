@@ -400,14 +400,7 @@ func TestOwnFilesStay(t *testing.T) {
 					judge(t, m, g.fats, want)
 				}
 				fsck(t, m)
-				v, err := fatdriver.Open(m)
-				if err != nil {
-					t.Fatal(err)
-				}
-				tree, err := v.Scan()
-				if err != nil {
-					t.Fatal(err)
-				}
+				v, tree := scanned(t, m)
 				if log, _, _, err := findJournal(v, tree); log == nil || err != nil || lookup(tree.Root, "EFI/espmirror/state") != nil {
 					t.Errorf("journal %v, %v; state %v", log, err, lookup(tree.Root, "EFI/espmirror/state"))
 				}
@@ -420,14 +413,7 @@ func TestOwnFilesStay(t *testing.T) {
 func putOwn(t testing.TB, m *blockdev.Mem, files map[string]string) {
 	t.Helper()
 	for p, content := range files {
-		v, err := fatdriver.Open(m)
-		if err != nil {
-			t.Fatal(err)
-		}
-		tree, err := v.Scan()
-		if err != nil {
-			t.Fatal(err)
-		}
+		_, tree := scanned(t, m)
 		parts := strings.Split(p, "/")
 		top := childNode(tree.Root, parts[0])
 		var old *fatdriver.Want

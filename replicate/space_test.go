@@ -16,14 +16,7 @@ import (
 // put makes files and directories in the root of a volume, without a journal and without a sync.
 func put(t testing.TB, m blockdev.Device, wants ...*fatdriver.Want) {
 	t.Helper()
-	v, err := fatdriver.Open(m)
-	if err != nil {
-		t.Fatal(err)
-	}
-	tree, err := v.Scan()
-	if err != nil {
-		t.Fatal(err)
-	}
+	_, tree := scanned(t, m)
 	var step fatdriver.Step
 	for _, w := range wants {
 		an := fatdriver.Anchor{Parent: tree.Root, New: w, Old: childNode(tree.Root, w.Name)}
@@ -62,14 +55,7 @@ func put(t testing.TB, m blockdev.Device, wants ...*fatdriver.Want) {
 // fill leaves exactly that many clusters that can be allocated, by a file in a directory of its own.
 func fill(t testing.TB, m blockdev.Device, leave int64) {
 	t.Helper()
-	v, err := fatdriver.Open(m)
-	if err != nil {
-		t.Fatal(err)
-	}
-	tree, err := v.Scan()
-	if err != nil {
-		t.Fatal(err)
-	}
+	v, tree := scanned(t, m)
 	plan, err := tree.NewPlan(nil, 0)
 	if err != nil {
 		t.Fatal(err)

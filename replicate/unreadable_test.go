@@ -166,11 +166,7 @@ func TestUnreadableBooks(t *testing.T) {
 			}
 			t.Parallel()
 			c := prepared(t, g, trees, o)
-			base := make([]byte, c.rec.Base.Size())
-			if _, err := c.rec.Base.ReadAt(base, 0); err != nil {
-				t.Fatal(err)
-			}
-			tree, err := fixtures.ReadStrict(bytes.NewReader(base), int64(len(base)), 0)
+			tree, err := fixtures.ReadStrict(c.base, c.base.Size(), 0)
 			if err != nil {
 				t.Fatal(err)
 			}

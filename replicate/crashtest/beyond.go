@@ -7,7 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"strings"
+	"slices"
 
 	"espmirror/blockdev"
 	"espmirror/fatdriver"
@@ -57,31 +57,8 @@ func (c *Run) final() (*fixtures.State, *fixtures.Tree, error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	tree, err := c.read(s, 0, false)
+	tree, err := c.trees.Read(s, 0, false)
 	return s, tree, err
-}
-
-// dangling lists what loader entries refer to and is not there, as "entry → path".
-func dangling(tree *fixtures.Tree) (map[string]bool, error) {
-	out := map[string]bool{}
-	for i := range tree.Entries {
-		e := &tree.Entries[i]
-		if e.Dir || !strings.HasPrefix(strings.ToUpper(e.Path), "LOADER/ENTRIES/") {
-			continue
-		}
-		b, err := tree.Read(e)
-		if err != nil {
-			return nil, err
-		}
-		for _, line := range strings.Split(string(b), "\n") {
-			if f := strings.Fields(line); len(f) > 1 && (f[0] == "linux" || f[0] == "initrd" || f[0] == "efi") {
-				if to := tree.Get(strings.Trim(f[1], "/")); to == nil || to.Dir || to.Size == 0 {
-					out[e.Path+" → "+f[1]] = true
-				}
-			}
-		}
-	}
-	return out, nil
 }
 
 // ordered looks at the trees between two commits: every file is the old or the new one, no loader entry refers to a
@@ -92,31 +69,31 @@ func (c *Run) ordered() error {
 		return err
 	}
 	var first *fixtures.Tree
-	was := map[string]bool{}
+	var was []string // what was dangling before the run
 	for n := range c.epochs {
 		s, err := c.barrier(n)
 		if err != nil {
 			return err
 		}
-		tree, err := c.read(s, 0, true)
+		tree, err := c.trees.Read(s, 0, true)
 		if err != nil {
 			return err
 		}
-		refs, err := dangling(tree)
+		refs, err := tree.Dangling()
 		if err != nil {
 			return err
 		}
 		if n == 0 {
 			first, was = tree, refs
 		}
-		for ref := range refs {
-			if !was[ref] {
+		for _, ref := range refs {
+			if !slices.Contains(was, ref) {
 				return fmt.Errorf("at barrier %d: %s is missing", n, ref)
 			}
 		}
 		for i := range tree.Entries {
 			e := &tree.Entries[i]
-			if e.Dir || ours(e.Path) {
+			if e.Dir || fixtures.Ours(e.Path) {
 				continue
 			}
 			same := func(o *fixtures.Entry) bool { return o != nil && !o.Dir && o.Size == e.Size && o.Sum == e.Sum }
@@ -125,7 +102,7 @@ func (c *Run) ordered() error {
 			}
 		}
 		for i := range first.Entries {
-			if e := &first.Entries[i]; !e.Dir && !ours(e.Path) && last.Get(e.Path) != nil && tree.Get(e.Path) == nil {
+			if e := &first.Entries[i]; !e.Dir && !fixtures.Ours(e.Path) && last.Get(e.Path) != nil && tree.Get(e.Path) == nil {
 				return fmt.Errorf("at barrier %d: %s is missing, old and new tree have it", n, e.Path)
 			}
 		}
@@ -161,7 +138,7 @@ func (c *Run) ended() error {
 	}
 	for i := range last.Entries {
 		e := &last.Entries[i]
-		if !ours(e.Path) && c.layout.Get(e.Path) == nil && !e.Dir && !c.Scenario.After.has(e.Path) {
+		if !fixtures.Ours(e.Path) && c.layout.Get(e.Path) == nil && !e.Dir && !c.Scenario.After.has(e.Path) {
 			return fmt.Errorf("%s is new, and nobody wanted it", e.Path)
 		}
 	}
@@ -182,7 +159,7 @@ func (c *Run) ended() error {
 }
 
 // slack looks behind the ends of new files: nothing of what lay there before may stay.
-func (c *Run) slack(s Reader, tree *fixtures.Tree) error {
+func (c *Run) slack(s fixtures.Volume, tree *fixtures.Tree) error {
 	for i := range tree.Entries {
 		e := &tree.Entries[i]
 		if e.Dir || len(e.Runs) == 0 || int(e.Size)%c.layout.ClusterSize == 0 || c.epochs[0].live[e.First] || c.epochs[0].journal[e.First] {
@@ -202,7 +179,7 @@ func (c *Run) slack(s Reader, tree *fixtures.Tree) error {
 }
 
 // reserved compares what no transaction may change in the FATs: the entries of no cluster, and FAT32's top four bits.
-func (c *Run) reserved(s Reader) error {
+func (c *Run) reserved(s fixtures.Volume) error {
 	for n := range c.g.FATs {
 		x, size := c.layout.FATEntryExtent(n, 0), c.layout.FATBytes()
 		a, b := make([]byte, size), make([]byte, size)
@@ -385,18 +362,18 @@ func touch(b []byte) bool {
 // untouched recovers a state in which somebody else has written, and demands that the tree stays what it shows. A sync
 // after that must work again.
 func (c *Run) untouched(s *fixtures.State, what string) error {
-	before, err := c.read(s, 0, true)
+	before, err := c.trees.Read(s, 0, true)
 	if err != nil {
 		return err
 	}
 	if err := c.recover(s); err != nil {
 		return fmt.Errorf("%s: %w", what, err)
 	}
-	after, err := c.read(s, 0, true)
+	after, err := c.trees.Read(s, 0, true)
 	if err != nil {
 		return fmt.Errorf("%s: after recovery: %w", what, err)
 	}
-	if treeDigest(before) != treeDigest(after) {
+	if c.trees.Digest(before) != c.trees.Digest(after) {
 		return fmt.Errorf("%s: recovery has changed the tree: %q", what, before.Diff(after))
 	}
 	res, err := syncTo(s, c.Scenario.After, c.Scenario.Options())
@@ -407,7 +384,7 @@ func (c *Run) untouched(s *fixtures.State, what string) error {
 		return nil // what a stale record names stays allocated
 	}
 	if err == nil {
-		_, err = c.read(s, 0, true)
+		_, err = c.trees.Read(s, 0, true)
 	}
 	if err != nil {
 		return fmt.Errorf("%s: the next sync: %w", what, err)
@@ -472,7 +449,7 @@ func (c *Run) foreign() error {
 		if s, err = c.barrier(n + 1); err != nil {
 			return err
 		}
-		tree, err := c.read(s, 0, true)
+		tree, err := c.trees.Read(s, 0, true)
 		if err != nil {
 			return err
 		}
@@ -557,11 +534,11 @@ func (c *Run) meddled() error {
 // also when it is cut.
 func (c *Run) garbage() error {
 	settled := func(s *fixtures.State) error {
-		tree, err := c.read(s, 0, false)
+		tree, err := c.trees.Read(s, 0, false)
 		if err != nil {
 			return err
 		}
-		k, ok := c.allowed[treeDigest(tree)]
+		k, ok := c.trees.Number(tree)
 		if !ok || k != 0 && k != c.Trees-1 {
 			return fmt.Errorf("recovery ends with tree %d of %d", k, c.Trees-1)
 		}
@@ -637,13 +614,13 @@ func (c *Run) damaged() error {
 		if err != nil {
 			return err
 		}
-		tree, err := c.read(s, 0, true)
+		tree, err := c.trees.Read(s, 0, true)
 		if err != nil {
 			return err
 		}
 		p := fixtures.Patcher{Tree: tree, RW: s}
 		for i := range tree.Entries {
-			if e := &tree.Entries[i]; e.Dir && !ours(e.Path) && !c.epochs[0].live[e.Runs[0].First] {
+			if e := &tree.Entries[i]; e.Dir && !fixtures.Ours(e.Path) && e.Path != "EFI" && !c.epochs[0].live[e.Runs[0].First] {
 				if err := p.SetFAT(e.Runs[0].First, 0); err != nil {
 					return err
 				}
@@ -722,25 +699,6 @@ func (c *Run) failedFlush() error {
 	return nil
 }
 
-// losing drops the writes of whole sectors for which lose says so.
-type losing struct {
-	*fixtures.Recorder
-	lose func(off int64) bool
-}
-
-func (d *losing) WriteAt(p []byte, off int64) (int, error) {
-	ss := d.SectorSize()
-	for at := 0; at < len(p); at += ss {
-		if d.lose(off + int64(at)) {
-			continue
-		}
-		if n, err := d.Recorder.WriteAt(p[at:min(at+ss, len(p))], off+int64(at)); err != nil {
-			return at + n, err
-		}
-	}
-	return len(p), nil
-}
-
 // lostWrites runs on devices that drop writes without a word: reading back notices, before the commit and at it.
 func (c *Run) lostWrites() error {
 	if len(c.epochs) == 0 || len(c.epochs[0].journal) == 0 || c.Trees != 2 {
@@ -792,7 +750,7 @@ func (c *Run) lostWrites() error {
 		if !k.any {
 			continue
 		}
-		d := &losing{Recorder: fixtures.NewRecorder(c.Recording.Base, c.g.unit()), lose: k.lose}
+		d := &fixtures.Losing{Recorder: fixtures.NewRecorder(c.Recording.Base, c.g.unit()), Lose: k.lose}
 		res, err := syncTo(d, c.Scenario.After, c.Scenario.Options())
 		if err == nil {
 			err = res.Err

@@ -2,11 +2,8 @@ package crashtest
 
 import (
 	"context"
-	"crypto/sha256"
-	"encoding/binary"
 	"errors"
 	"fmt"
-	"io"
 	"strings"
 
 	"espmirror/blockdev"
@@ -23,15 +20,14 @@ type Run struct {
 	// Trees is the number of different trees at the barriers, the old and the new one included.
 	Trees int
 
-	g       Geometry
-	memo    *fixtures.Memo
-	allowed map[[32]byte]int // digest of the tree → its number; 0 is the old one
-	first   []int            // of each tree, the epoch that begins with it
-	epochs  []reach          // by epoch
-	lost    map[uint32]bool  // clusters that were lost before
-	dirty   [2]bool
-	layout  *fixtures.Tree
-	stale   bool // there is something behind the end of a directory that Linux would see
+	g      Geometry
+	trees  fixtures.Trees
+	first  []int           // of each tree, the epoch that begins with it
+	epochs []reach         // by epoch
+	lost   map[uint32]bool // clusters that were lost before
+	dirty  [2]bool
+	layout *fixtures.Tree
+	stale  bool // there is something behind the end of a directory that Linux would see
 }
 
 // reach is what a reader can reach when an epoch begins or ends.
@@ -40,58 +36,9 @@ type reach struct {
 	journal map[uint32]bool
 }
 
-// Reader is a state as the judges read it.
-type Reader interface {
-	io.ReaderAt
-	Size() int64
-}
-
 // ErrRefused is returned by Record when the run refused the target, as it should where there is no room for it, and
 // wrote nothing.
 var ErrRefused = errors.New("the run was refused")
-
-// ours says whether a path is espmirror's own, or the directory that exists because of it.
-func ours(path string) bool {
-	if len(path) < 3 || !strings.EqualFold(path[:3], "EFI") {
-		return false
-	}
-	const dir = "EFI/espmirror"
-	return len(path) == 3 || len(path) >= len(dir) && strings.EqualFold(path[:len(dir)], dir) && (len(path) == len(dir) || path[len(dir)] == '/')
-}
-
-// treeDigest hashes everything that a reader sees, except what is our own: names, attributes, times and content of
-// every other entry, and the boot sectors.
-func treeDigest(tree *fixtures.Tree) [32]byte {
-	h := sha256.New()
-	b := append(tree.BootSum[:], tree.BackupSum[:]...)
-	b = append(append(b, tree.Label...), byte(len(tree.Label)))
-	for i := range tree.Entries {
-		e := &tree.Entries[i]
-		if ours(e.Path) {
-			continue
-		}
-		b = binary.LittleEndian.AppendUint32(b, uint32(len(e.Path)))
-		b = append(b, e.Path...)
-		b = binary.LittleEndian.AppendUint32(b, e.Size)
-		b = append(append(append(append(b, e.Sum[:]...), e.Attr, e.CaseBits), e.Times[:]...), e.Short[:]...)
-		if len(b) > 4096 {
-			h.Write(b)
-			b = b[:0]
-		}
-	}
-	h.Write(b)
-	return [32]byte(h.Sum(nil))
-}
-
-// read reads a state through one FAT copy, by EDK2's rules. Long-name slots without an entry are what a cut between two
-// commits may leave of one.
-func (c *Run) read(r Reader, copyNo int, orphans bool) (*fixtures.Tree, error) {
-	return c.readTail(r, copyNo, orphans, fixtures.TailEDK2)
-}
-
-func (c *Run) readTail(r Reader, copyNo int, orphans bool, tail fixtures.Tail) (*fixtures.Tree, error) {
-	return fixtures.ReadStrictOptions(r, r.Size(), copyNo, fixtures.Options{Hash: c.memo.Hash, OrphanLongNames: orphans, Tail: tail, Skip: ours})
-}
 
 // Record runs the sync of a scenario on a recording device, collects the trees at its barriers, and checks that the
 // last one is what was wanted.
@@ -104,13 +51,13 @@ func Record(s *Scenario) (*Run, error) {
 }
 
 func record(s *Scenario, base fixtures.Base) (*Run, error) {
-	c := &Run{Scenario: s, g: s.Geometry, memo: &fixtures.Memo{}, allowed: map[[32]byte]int{}, lost: map[uint32]bool{}}
-	first, err := c.read(base, 0, false)
+	c := &Run{Scenario: s, g: s.Geometry, lost: map[uint32]bool{}}
+	first, err := c.trees.Read(base, 0, false)
 	if err != nil {
 		return nil, fmt.Errorf("cannot read the volume of scenario %s: %w", s.Name, err)
 	}
 	c.layout = first
-	if tree, err := c.readTail(base, 0, true, fixtures.TailLinux); err != nil || treeDigest(tree) != treeDigest(first) {
+	if tree, err := c.trees.ReadAsLinux(base); err != nil || c.trees.Digest(tree) != c.trees.Digest(first) {
 		c.stale = true
 	}
 	lost, err := first.Lost()
@@ -141,7 +88,7 @@ func record(s *Scenario, base fixtures.Base) (*Run, error) {
 	if err := c.barriers(); err != nil {
 		return nil, fmt.Errorf("scenario %s: %w", s.Name, err)
 	}
-	last, err := c.read(r.State, 0, false)
+	last, err := c.trees.Read(r.State, 0, false)
 	if err != nil {
 		return nil, fmt.Errorf("scenario %s: after the run: %w", s.Name, err)
 	}
@@ -160,15 +107,12 @@ func (c *Run) barriers() error {
 		if err != nil {
 			break
 		}
-		tree, err := c.read(s, 0, true)
+		tree, err := c.trees.Read(s, 0, true)
 		if err != nil {
 			return fmt.Errorf("at barrier %d: %w", n, err)
 		}
-		d := treeDigest(tree)
-		k, ok := c.allowed[d]
-		if !ok {
-			k = len(c.allowed)
-			c.allowed[d] = k
+		k, fresh := c.trees.Add(tree)
+		if fresh {
 			c.first = append(c.first, n)
 		}
 		if k != last && k != last+1 {
@@ -177,7 +121,7 @@ func (c *Run) barriers() error {
 		last = k
 		c.epochs = append(c.epochs, reachOf(tree))
 	}
-	c.Trees = len(c.allowed)
+	c.Trees = c.trees.Len()
 	return nil
 }
 
@@ -234,7 +178,7 @@ func (c *Run) wanted(before, after *fixtures.Tree) error {
 	}
 	for i := range after.Entries {
 		e := &after.Entries[i]
-		if e.Dir || ours(e.Path) || !selected(e.Path) {
+		if e.Dir || fixtures.Ours(e.Path) || !selected(e.Path) {
 			continue
 		}
 		if !c.Scenario.After.has(e.Path) {
@@ -243,7 +187,7 @@ func (c *Run) wanted(before, after *fixtures.Tree) error {
 	}
 	for i := range before.Entries {
 		e := &before.Entries[i]
-		if e.Dir || ours(e.Path) || selected(e.Path) {
+		if e.Dir || fixtures.Ours(e.Path) || selected(e.Path) {
 			continue
 		}
 		if a := after.Get(e.Path); a == nil || a.Size != e.Size || a.Sum != e.Sum || a.Attr != e.Attr || a.Times != e.Times || a.Short != e.Short || a.First != e.First {
@@ -268,36 +212,21 @@ func (t Tree) has(path string) bool {
 
 // Visible judges what a reader without any replay sees through each of the given FAT copies, and returns the number of
 // the tree.
-func (c *Run) Visible(r Reader, copies ...int) (int, error) {
-	state := -1
-	for _, n := range copies {
-		tree, err := c.read(r, n, true)
-		if err != nil {
-			return 0, fmt.Errorf("FAT copy %d: %w", n, err)
-		}
-		k, ok := c.allowed[treeDigest(tree)]
-		if !ok {
-			return 0, fmt.Errorf("FAT copy %d shows a tree that is neither old nor new", n)
-		}
-		if state >= 0 && k != state {
-			return 0, fmt.Errorf("FAT copies show different trees, %d and %d", state, k)
-		}
-		state = k
-	}
-	return state, nil
+func (c *Run) Visible(v fixtures.Volume, copies ...int) (int, error) {
+	return c.trees.Visible(v, nil, copies...)
 }
 
 // VisibleToLinux is Visible for a reader that does not stop at the end marker of a directory. It says -1 where there was
 // something behind one already.
-func (c *Run) VisibleToLinux(r Reader) (int, error) {
+func (c *Run) VisibleToLinux(v fixtures.Volume) (int, error) {
 	if c.stale {
 		return -1, nil
 	}
-	tree, err := c.readTail(r, 0, true, fixtures.TailLinux)
+	tree, err := c.trees.ReadAsLinux(v)
 	if err != nil {
 		return 0, fmt.Errorf("for Linux: %w", err)
 	}
-	k, ok := c.allowed[treeDigest(tree)]
+	k, ok := c.trees.Number(tree)
 	if !ok {
 		return 0, errors.New("for Linux the tree is neither old nor new")
 	}
@@ -321,11 +250,11 @@ func (c *Run) recover(dev blockdev.Device) error {
 // be anything. Where recovery wrote, a second one must write nothing.
 func (c *Run) clean(dev blockdev.Device, before int, guess, wrote bool) error {
 	for _, n := range c.copies() {
-		tree, err := c.read(dev, n, false)
+		tree, err := c.trees.Read(dev, n, false)
 		if err != nil {
 			return fmt.Errorf("after recovery, FAT copy %d: %w", n, err)
 		}
-		k, ok := c.allowed[treeDigest(tree)]
+		k, ok := c.trees.Number(tree)
 		if !ok || k != before && k != c.Trees-1 {
 			return fmt.Errorf("after recovery, FAT copy %d shows tree %d, it was %d of %d", n, k, before, c.Trees-1)
 		}

@@ -13,7 +13,7 @@ func (c *Run) Listings() ([]vm.Listing, error) {
 		if err != nil {
 			return nil, err
 		}
-		tree, err := c.read(s, 0, true)
+		tree, err := c.trees.Read(s, 0, true)
 		if err != nil {
 			return nil, err
 		}
@@ -21,7 +21,7 @@ func (c *Run) Listings() ([]vm.Listing, error) {
 		for i := range tree.Entries {
 			e := &tree.Entries[i]
 			switch {
-			case ours(e.Path) && e.Path != "EFI":
+			case fixtures.Ours(e.Path):
 			case e.Dir:
 				l[e.Path+"/"] = nil
 			default:
