@@ -129,18 +129,18 @@ func shrinkScenario(w io.Writer, args []string) error {
 
 // outcome is one line of the progress file.
 type outcome struct {
-	Kind      string // "scenario", "firmware", "kernel"
-	Seed      uint64 `json:",omitempty"`
-	Geometry  string `json:",omitempty"`
-	Tally     crashtest.Tally
-	Fsck      int64      `json:",omitempty"`
-	Mtools    int64      `json:",omitempty"`
-	Seconds   float64    // of one core
-	Old       int64      `json:",omitempty"` // readings of other systems
-	New       int64      `json:",omitempty"`
-	Between   int64      `json:",omitempty"` // trees between two commits
-	Mixed     int64      `json:",omitempty"`
-	Violation *violation `json:",omitempty"`
+	Kind       string // "scenario", "firmware", "kernel"
+	Seed       uint64 `json:",omitempty"`
+	Geometry   string `json:",omitempty"`
+	Tally      crashtest.Tally
+	Fsck       int64       `json:",omitempty"`
+	Mtools     int64       `json:",omitempty"`
+	Seconds    float64     // of one core
+	Old        int64       `json:",omitempty"` // readings of other systems
+	New        int64       `json:",omitempty"`
+	Between    int64       `json:",omitempty"` // trees between two commits
+	Mixed      int64       `json:",omitempty"`
+	Violations []violation `json:",omitempty"`
 }
 
 type violation struct {
@@ -163,7 +163,7 @@ type runner struct {
 	skipped []string
 }
 
-// batches is how many images one boot reads.
+// batch is how many images are read at a time.
 const batch = 64
 
 func run(ctx context.Context, w io.Writer, s settings) error {
@@ -257,8 +257,7 @@ func (r *runner) say() {
 	r.p.mu.Lock()
 	defer r.p.mu.Unlock()
 	fmt.Fprintf(r.w, "%s: %d scenarios, %d states, fsck.fat %d, firmware %d, Linux %d, violations %d\n", time.Since(r.begin).Round(time.Second),
-		r.p.total.Scenarios, r.p.total.States(), r.p.fsck, r.p.old["firmware"]+r.p.new["firmware"]+r.p.between["firmware"],
-		r.p.old["kernel"]+r.p.new["kernel"]+r.p.between["kernel"], len(r.p.violations))
+		r.p.total.Scenarios, r.p.total.States(), r.p.fsck, r.p.readings("firmware"), r.p.readings("kernel"), len(r.p.violations))
 }
 
 // scenario explores the scenario of a seed. What is wrong with a state is an outcome; the error says that the machine
@@ -276,13 +275,13 @@ func (r *runner) scenario(ctx context.Context, seed uint64) error {
 	case errors.Is(err, crashtest.ErrRefused):
 		o.Tally = crashtest.Tally{Scenarios: 1, Refused: 1}
 	case errors.As(err, &v):
-		o.Violation = &violation{s.Name, v.Phase, v.Lines, v.Err.Error()}
+		o.Violations = []violation{{s.Name, v.Phase, v.Lines, v.Err.Error()}}
 	case err != nil:
 		o.Tally.Scenarios = 1
-		o.Violation = &violation{s.Name, "recording", nil, err.Error()}
+		o.Violations = []violation{{s.Name, "recording", nil, err.Error()}}
 	}
-	if o.Violation != nil {
-		fmt.Fprintf(r.w, "VIOLATION: seed %d, %+v\n", seed, *o.Violation)
+	for _, v := range o.Violations {
+		fmt.Fprintf(r.w, "VIOLATION: seed %d, %+v\n", seed, v)
 	}
 	o.Seconds = time.Since(begin).Seconds()
 	if err := r.p.add(o); err != nil {
@@ -349,6 +348,12 @@ const (
 func (r *runner) take(c *crashtest.Run, cut *fixtures.State, n int) error {
 	g := c.Scenario.Geometry
 	if n%2 == 1 || g.Size > 40<<20 || g.Device != 0 || c.Trees == 1 {
+		return nil
+	}
+	r.mu.Lock()
+	enough := r.taken["firmware"] >= r.firmware && r.taken["kernel"] >= r.kernel
+	r.mu.Unlock()
+	if enough {
 		return nil
 	}
 	trees, err := c.Listings()
@@ -434,7 +439,7 @@ func (r *runner) boot(ctx context.Context, kind string, samples []vm.Sample) err
 		switch {
 		case x.Err != nil:
 			o.Mixed++
-			o.Violation = &violation{x.Name, kind, nil, x.Err.Error()}
+			o.Violations = append(o.Violations, violation{x.Name, kind, nil, x.Err.Error()})
 			fmt.Fprintf(r.w, "VIOLATION: %s: %s: %v\n", kind, x.Name, x.Err)
 		case x.State == last[x.Name]:
 			o.New++

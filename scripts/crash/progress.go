@@ -31,6 +31,7 @@ type progress struct {
 	old        map[string]int64
 	new        map[string]int64
 	between    map[string]int64
+	mixed      map[string]int64
 	boots      map[string]int64
 	violations []violation
 }
@@ -75,7 +76,7 @@ func openProgress(path string) (*progress, error) {
 		return nil, err
 	}
 	p := &progress{done: map[uint64]bool{}, byGeometry: map[string]*crashtest.Tally{}, old: map[string]int64{}, new: map[string]int64{},
-		between: map[string]int64{}, boots: map[string]int64{}}
+		between: map[string]int64{}, mixed: map[string]int64{}, boots: map[string]int64{}}
 	want := heading{code, large, small}
 	if p.f, err = os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o644); err != nil {
 		return nil, err
@@ -139,13 +140,12 @@ func (p *progress) add(o outcome) error {
 
 func (p *progress) count(o outcome) {
 	p.seconds += o.Seconds
-	if o.Violation != nil {
-		p.violations = append(p.violations, *o.Violation)
-	}
+	p.violations = append(p.violations, o.Violations...)
 	if o.Kind != "scenario" {
 		p.old[o.Kind] += o.Old
 		p.new[o.Kind] += o.New
 		p.between[o.Kind] += o.Between
+		p.mixed[o.Kind] += o.Mixed
 		p.boots[o.Kind]++
 		return
 	}
@@ -166,4 +166,6 @@ func (p *progress) has(seed uint64) bool {
 }
 
 // readings is how many samples a system has read.
-func (p *progress) readings(kind string) int64 { return p.old[kind] + p.new[kind] + p.between[kind] }
+func (p *progress) readings(kind string) int64 {
+	return p.old[kind] + p.new[kind] + p.between[kind] + p.mixed[kind]
+}

@@ -57,13 +57,7 @@ func (r *runner) finish(ctx context.Context) error {
 		if n == 0 {
 			return nil
 		}
-		mixed := int64(0)
-		for _, v := range p.violations {
-			if v.Phase == kind {
-				mixed++
-			}
-		}
-		return &readings{n + mixed, p.boots[kind], p.old[kind], p.new[kind], p.between[kind], mixed}
+		return &readings{n, p.boots[kind], p.old[kind], p.new[kind], p.between[kind], p.mixed[kind]}
 	}
 	rep.Firmware, rep.Kernel = read("firmware"), read("kernel")
 	survived := 0
