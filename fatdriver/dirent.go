@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 	"unicode/utf16"
 )
@@ -90,6 +91,25 @@ func (e *Entry) Size() int64 { return int64(binary.LittleEndian.Uint32(e.short()
 func (e *Entry) ModTime() time.Time {
 	le := binary.LittleEndian
 	return decodeTime(le.Uint16(e.short()[offWrtDate:]), le.Uint16(e.short()[offWrtTime:]))
+}
+
+// Meta is what the entry says besides its name, place and size. Times are UTC, as in ModTime; hundredths of a second are
+// dropped.
+func (e *Entry) Meta() Meta {
+	le, s := binary.LittleEndian, e.short()
+	return Meta{
+		Attr:     e.Attr() & (AttrReadOnly | AttrHidden | AttrSystem | AttrArchive),
+		Created:  decodeTime(le.Uint16(s[offCrtDate:]), le.Uint16(s[offCrtTime:])),
+		Modified: e.ModTime(),
+		Accessed: decodeTime(le.Uint16(s[offAccDate:]), 0),
+	}
+}
+
+// Unread is a copy of Group without the date of the last access, which changes when a file is only read.
+func (e *Entry) Unread() []byte {
+	group := slices.Clone(e.Group)
+	clear(group[len(group)-slotSize+offAccDate:][:2])
+	return group
 }
 
 // slots is the number of slots that the entry takes.

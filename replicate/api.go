@@ -6,10 +6,13 @@
 package replicate
 
 import (
+	"context"
 	"errors"
 	"log/slog"
+	"time"
 
 	"espmirror/blockdev"
+	"espmirror/fatdriver"
 )
 
 var (
@@ -69,8 +72,21 @@ type Options struct {
 	DryRun     bool  // plan only; the devices may be read-only
 	KeepFree   int64 // bytes that must stay free at the peak
 	NoReadBack bool  // skip comparing what was written with what the medium holds
-	Log        *slog.Logger
-	Progress   func(Progress) // called from several goroutines, never concurrently for one target; may be nil
+
+	// Member says that the source is a member of a replica set. Then each run counts a generation, on the targets and,
+	// through Save, on the source; and what is newer on a target is not overwritten.
+	Member     bool
+	SourceGUID string                                        // the source's partition GUID, lower case; "" when it has none
+	Save       func(ctx context.Context, state []byte) error // writes StatePath on the source
+	// SourceTree is the volume of a source that is read through its mount point, scanned after a sync(2) of it and before
+	// the source was opened: what the fingerprint of the source is taken of. It may be nil.
+	SourceTree  *fatdriver.Tree
+	Fingerprint bool      // do not read where the fingerprints of both sides are those of the last run
+	Force       bool      // the source wins, whatever the lineage says
+	Now         time.Time // what the state file calls now; zero: the clock
+
+	Log      *slog.Logger
+	Progress func(Progress) // called from several goroutines, never concurrently for one target; may be nil
 }
 
 // Progress is one step of a run.
@@ -127,6 +143,7 @@ type Result struct {
 	Target    string
 	Outcome   Outcome
 	Summary   Summary
+	Lineage   *Lineage  // how the target stands to the source; nil when neither is in a set
 	Recovered *Recovery // what was finished or rolled back first, nil when there was nothing
 	Err       error
 }

@@ -54,6 +54,7 @@ func (c chunk) done() {
 type feed struct {
 	s     *side
 	files map[*Item]*fatdriver.NewFile
+	own   []*fatdriver.NewFile // those whose content was made for this target
 	ch    chan chunk
 }
 
@@ -70,6 +71,10 @@ func (r *run) build(ctx context.Context, sides []*side) error {
 		f := &feed{s: s, files: map[*Item]*fatdriver.NewFile{}, ch: make(chan chunk, 4)}
 		for _, nf := range s.plan.Files {
 			it := nf.Want.Content.(*Item)
+			if it.data != nil {
+				f.own = append(f.own, nf)
+				continue
+			}
 			f.files[it] = nf
 			if !needed[it] {
 				needed[it] = true
@@ -296,6 +301,15 @@ func receive(f *feed, tx *fatdriver.Tx) error {
 	}
 	if got != len(f.files) {
 		return ErrStopped
+	}
+	for _, nf := range f.own {
+		w := tx.File(nf)
+		if _, err := w.Write(nf.Want.Content.(*Item).data); err != nil {
+			return err
+		}
+		if err := w.Close(); err != nil {
+			return err
+		}
 	}
 	return nil
 }

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"path"
+	"slices"
 	"sync"
 
 	"espmirror/fatdriver"
@@ -24,6 +25,13 @@ type matches map[*Item]string
 // with all targets that have a file of the same name and size, and no further than the first difference with all of
 // them. Files that no target has under their name are then looked for under another one in the same selected directory.
 func (r *run) compare(ctx context.Context, live []*side) error {
+	for _, s := range live {
+		s.skip = r.unread(s)
+	}
+	live = slices.DeleteFunc(live, func(s *side) bool { return s.skip })
+	if len(live) == 0 {
+		return nil
+	}
 	files := r.selectedFiles()
 	var total, done int64
 	for _, f := range files {
@@ -36,17 +44,25 @@ func (r *run) compare(ctx context.Context, live []*side) error {
 		var cand []*side
 		var nodes []*fatdriver.Node
 		for _, s := range live {
-			n := lookup(s.tree.Root, f.Path)
-			if n == nil || n.IsDir() || n.Size() != f.Size {
+			n, e := inPlace(r.src, s.tree, f), s.item(f)
+			if n == nil || n.IsDir() || n.Size() != e.Size {
 				continue
 			}
-			if f.Size == 0 {
+			if e.Size == 0 {
 				s.match[f] = n.Path()
+				continue
+			}
+			if e.data != nil {
+				if same, err := s.holds(n, e.data); err != nil {
+					s.fail(fmt.Errorf("cannot read %s: %w", n.Path(), err))
+				} else if same {
+					s.match[f] = n.Path()
+				}
 				continue
 			}
 			cand, nodes = append(cand, s), append(nodes, n)
 		}
-		if len(cand) > 0 {
+		if len(cand) > 0 || r.line != nil && f.Size > 0 {
 			if err := r.lockstep(f, cand, nodes); err != nil {
 				return err
 			}
@@ -55,13 +71,28 @@ func (r *run) compare(ctx context.Context, live []*side) error {
 		r.progress(Progress{Phase: "compare", Done: done, Total: total})
 	}
 	for _, s := range live {
-		if s.res.Err == nil {
-			if err := r.renames(s); err != nil {
-				return err
-			}
+		if s.res.Err != nil {
+			continue
 		}
+		if err := r.renames(s); err != nil {
+			return err
+		}
+		// A plan that is refused is refused in the plan, with its reason.
+		_, changes, err := r.wants(s, false)
+		s.same = err == nil && len(changes) == 0
 	}
 	return nil
+}
+
+// holds says whether a file of the target has the content.
+func (s *side) holds(n *fatdriver.Node, content []byte) (bool, error) {
+	sr, err := s.tree.Open(n)
+	if err != nil {
+		return false, err
+	}
+	have := make([]byte, len(content))
+	_, err = io.ReadFull(sr, have)
+	return bytes.Equal(have, content), err
 }
 
 // selectedFiles lists the files of the source below all anchors, in the order of the tree.
@@ -88,7 +119,8 @@ func (r *run) walkItems(it *Item, f func(*Item)) {
 	}
 }
 
-// lockstep compares one source file with the files that targets have in its place.
+// lockstep compares one source file with the files that targets have in its place. Where generations are counted it is
+// read to its end, and its hash kept.
 func (r *run) lockstep(f *Item, cand []*side, nodes []*fatdriver.Node) error {
 	rd, err := r.src.Open(f)
 	if err != nil {
@@ -105,6 +137,7 @@ func (r *run) lockstep(f *Item, cand []*side, nodes []*fatdriver.Node) error {
 		readers[i] = sr
 	}
 	src := make([]byte, min(chunkSize, f.Size))
+	sum := sha256.New()
 	for at := int64(0); at < f.Size; {
 		k := min(int64(len(src)), f.Size-at)
 		if _, err := io.ReadFull(rd, src[:k]); err != nil {
@@ -133,13 +166,18 @@ func (r *run) lockstep(f *Item, cand []*side, nodes []*fatdriver.Node) error {
 			}()
 		}
 		wg.Wait()
-		if left == 0 {
+		if r.line != nil {
+			sum.Write(src[:k])
+		} else if left == 0 {
 			return nil
 		}
 		at += k
 	}
 	if err := ended(rd); err != nil {
 		return fmt.Errorf("%w: cannot read %s: %w", ErrSource, f.Path, err)
+	}
+	if r.line != nil {
+		r.hashes[f] = [32]byte(sum.Sum(nil))
 	}
 	for i, s := range cand {
 		if readers[i] != nil {
@@ -181,7 +219,7 @@ func (r *run) renames(s *side) error {
 		r.walkItems(it, func(f *Item) {
 			if p, ok := s.match[f]; ok {
 				taken[p] = true
-			} else if f.Size > 0 {
+			} else if s.item(f).Size > 0 {
 				missing = append(missing, f)
 			}
 		})
@@ -193,14 +231,15 @@ func (r *run) renames(s *side) error {
 		})
 		hashes := map[*fatdriver.Node][32]byte{}
 		for _, f := range missing {
-			if len(bySize[f.Size]) == 0 {
+			e := s.item(f)
+			if len(bySize[e.Size]) == 0 {
 				continue
 			}
-			want, err := r.hash(f)
+			want, err := r.hash(e)
 			if err != nil {
 				return err
 			}
-			for i, c := range bySize[f.Size] {
+			for i, c := range bySize[e.Size] {
 				have, ok := hashes[c]
 				if !ok {
 					sr, err := s.tree.Open(c)
@@ -215,7 +254,7 @@ func (r *run) renames(s *side) error {
 				}
 				if have == want {
 					s.match[f] = c.Path()
-					bySize[f.Size] = append(bySize[f.Size][:i:i], bySize[f.Size][i+1:]...)
+					bySize[e.Size] = append(bySize[e.Size][:i:i], bySize[e.Size][i+1:]...)
 					break
 				}
 			}
@@ -241,6 +280,9 @@ func (r *run) walkNodes(n *fatdriver.Node, at string, f func(*fatdriver.Node)) {
 func (r *run) hash(f *Item) ([32]byte, error) {
 	if h, ok := r.hashes[f]; ok {
 		return h, nil
+	}
+	if f.data != nil {
+		return sha256.Sum256(f.data), nil
 	}
 	rd, err := r.src.Open(f)
 	if err != nil {

@@ -204,7 +204,7 @@ func journalNeed(s *side, points []switchPoint) int64 {
 // created.
 func (r *run) roomFor(s *side, need, free int64, points []switchPoint) error {
 	cs := s.cluster()
-	sf := &fatdriver.Shortfall{Need: (need + journalNeed(s, points)) * cs, Free: free * cs, Keep: (r.opt.KeepFree + cs - 1) / cs * cs}
+	sf := &fatdriver.Shortfall{Need: (need + journalNeed(s, points) + s.stateNeed()) * cs, Free: free * cs, Keep: (r.opt.KeepFree + cs - 1) / cs * cs}
 	if sf.Need+sf.Keep > sf.Free {
 		return fmt.Errorf("%w (the journal included)", sf)
 	}

@@ -31,6 +31,11 @@ func (r *run) makePlan(s *side) error {
 	if s.free, err = s.tree.Allocatable(); err != nil {
 		return err
 	}
+	if s.skip {
+		s.res.Outcome = InSync
+		s.res.Summary = Summary{FreeBytes: s.free * s.cluster(), FreeAfter: s.free * s.cluster()}
+		return nil
+	}
 	prepared := r.opt.DryRun
 	prepare := func() error { // before the first write
 		if prepared {
@@ -239,8 +244,7 @@ func loses(p switchPoint, refers func(path string) bool) bool {
 func (r *run) rehearse(s *side) error {
 	dry := *r
 	dry.opt.DryRun, dry.log = true, slog.New(slog.DiscardHandler)
-	d := &side{t: s.t, res: &Result{}, match: s.match, count: blockdev.NewCounting(blockdev.NewOverlay(s.dev))}
-	d.dev = d.count
+	d := s.rehearsal(blockdev.NewOverlay(s.dev))
 	var err error
 	if d.vol, err = fatdriver.Open(d.dev); err != nil {
 		return err
@@ -293,6 +297,9 @@ func (r *run) summarize(s *side, log *journal.Log) error {
 	sum.PeakNeeded = sum.Clusters * cs
 	sum.Flushes = int(s.count.Counts().Flushes) + cost.Flushes + flushes
 	s.res.Outcome = Differs
+	if r.opt.DryRun && len(sum.Changes) == 0 {
+		s.res.Outcome = InSync // there is only something to note
+	}
 	return nil
 }
 

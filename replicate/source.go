@@ -30,6 +30,7 @@ type Item struct {
 	Err error
 
 	node *fatdriver.Node
+	data []byte // the content, of an item that is made for one target; nil: the source has it
 }
 
 // Source is what is replicated: a tree that was read whole when it was opened, and whose files can be read.
@@ -40,6 +41,14 @@ type Source interface {
 	// live, and a file that changes while it is read fails the run by its size.
 	Open(it *Item) (io.ReadCloser, error)
 	Close() error
+}
+
+// meta is what a new entry for the item says, when it cannot be the template.
+func (it *Item) meta() fatdriver.Meta {
+	if it.node != nil && it.node.Entry != nil {
+		return it.node.Entry.Meta()
+	}
+	return it.Meta
 }
 
 // child finds an entry of a directory without regard to case.

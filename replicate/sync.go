@@ -19,6 +19,8 @@ type run struct {
 	log    *slog.Logger
 	hashes map[*Item][32]byte
 	named  []entry // what the loader entries that are replicated name
+	set    *Set    // the source's replica set file, nil when it has none
+	line   *line   // nil when the source is no member of a set
 }
 
 // side is what a run knows of one target.
@@ -33,6 +35,15 @@ type side struct {
 	plan  *fatdriver.Plan
 	free  int64 // clusters that could be allocated when planning began
 	buf   []byte
+
+	state    *State          // what the target remembers, nil when it has never been in a set
+	stateErr error           // why that cannot be read
+	items    map[*Item]*Item // source files that go to this target with a content of their own
+	gone     []string        // what an earlier run brought, and neither the source nor the selection has any more
+	skip     bool            // the fingerprints say that nothing has changed since the last run
+	same     bool            // the tree is as it should be
+	record   *State          // what the target is to remember of this run, nil when nothing new
+	file     *Item           // that, as a file
 
 	mu sync.Mutex
 }
@@ -69,12 +80,21 @@ func Sync(ctx context.Context, src Source, targets []*Target, o Options) ([]Resu
 		return nil, err
 	}
 	each(sides, r.open)
-	if err := r.compare(ctx, alive(sides)); err != nil {
+	err = inOrder(
+		func() error { return r.adapt(alive(sides)) },
+		func() error { return r.compare(ctx, alive(sides)) },
+		func() error { return r.judge(alive(sides)) },
+	)
+	if err != nil {
 		return results, r.stop(sides, err)
 	}
 	each(sides, r.plan)
 	if o.DryRun {
 		return results, nil
+	}
+	each(sides, r.foretell)
+	if err := r.remember(ctx, alive(sides)); err != nil {
+		return results, r.stop(sides, err)
 	}
 	each(sides, r.prepare)
 	if err := r.build(ctx, sides); err != nil {
@@ -97,6 +117,9 @@ func begin(src Source, targets []*Target, o Options) (*run, []Result, []*side, e
 	}
 	o.KeepFree = min(o.KeepFree, maxKeepFree)
 	r := &run{src: src, sel: sel, opt: o, log: o.Log, hashes: map[*Item][32]byte{}}
+	if err := r.begun(); err != nil {
+		return nil, nil, nil, err
+	}
 	if err := r.replicable(); err != nil {
 		return nil, nil, nil, err
 	}
@@ -204,7 +227,14 @@ func (r *run) open(s *side) {
 	}
 	if err != nil {
 		s.fail(fmt.Errorf("cannot use %s as a target: %w", s.t.Name, err))
+		return
 	}
+	s.state, s.stateErr = readState(s.source())
+}
+
+// source is the target seen as a source is.
+func (s *side) source() Source {
+	return &volumeSource{s.t.Name, s.tree, volumeItem(s.tree.Root, "")}
 }
 
 // openTarget opens a volume for writing: caches dropped, geometry that can be written safely.

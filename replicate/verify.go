@@ -22,7 +22,9 @@ func Verify(ctx context.Context, src Source, targets []*Target, o Options) ([]Re
 			s.fail(fmt.Errorf("cannot verify %s: %w", s.t.Name, err))
 		}
 	})
-	if err := r.compare(ctx, alive(sides)); err != nil {
+	r.opt.Fingerprint = false // it reads everything
+	err = inOrder(func() error { return r.adapt(alive(sides)) }, func() error { return r.compare(ctx, alive(sides)) })
+	if err != nil {
 		return results, r.stop(sides, err)
 	}
 	each(sides, func(s *side) {

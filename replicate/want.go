@@ -35,6 +35,7 @@ func (r *run) wants(s *side, staged bool) ([]switchPoint, []Change, error) {
 			}
 		}
 	}
+	anchors = append(anchors[:len(anchors):len(anchors)], s.gone...)
 	var out []switchPoint
 	created := map[string]*fatdriver.Want{} // topmost missing directory, folded → what is wanted there
 	for _, a := range anchors {
@@ -101,7 +102,7 @@ func (r *run) wants(s *side, staged bool) ([]switchPoint, []Change, error) {
 		dir.Children = append(dir.Children, w)
 	}
 	sort.SliceStable(b.changes, func(i, j int) bool { return b.changes[i].Path < b.changes[j].Path })
-	return out, b.changes, nil
+	return r.withState(s, out), b.changes, nil
 }
 
 type wantBuilder struct {
@@ -163,23 +164,30 @@ func (b *wantBuilder) wantAs(it *Item, old *fatdriver.Node, anchor bool) (*fatdr
 	}
 	w := &fatdriver.Want{Name: it.Name, Dir: it.Dir, Template: it.Template, Meta: it.Meta}
 	if !it.Dir {
-		w.Size, w.Content = it.Size, it
+		e := b.s.item(it)
+		w.Size, w.Content = e.Size, e
 		p, ok := b.match(it)
-		switch {
-		case !ok && old == nil:
-			b.change("create", it.Path, "", false, it.Size)
-		case !ok:
-			b.change("replace", it.Path, "", false, it.Size)
-		default:
+		if ok {
 			w.Have, w.Content = lookup(b.s.tree.Root, p), nil
 			if w.Have == nil {
 				return nil, fmt.Errorf("internal error: %s vanished from the target", p)
 			}
-			if w.Have == old && (anchor || old.Name() == it.Name) {
-				w.Name, w.Template = old.Name(), nil // nothing about it changes
-			} else {
-				b.change("rename", it.Path, p, false, it.Size)
-			}
+		}
+		name := placeName(it, old, ok && w.Have == old)
+		at := path.Join(path.Dir(it.Path), name)
+		switch {
+		case !ok && old == nil:
+			b.change("create", at, "", false, e.Size)
+		case !ok:
+			b.change("replace", at, "", false, e.Size)
+		case w.Have == old && (anchor || old.Name() == name):
+			w.Name, w.Template = old.Name(), nil // nothing about it changes
+		default:
+			b.change("rename", at, p, false, e.Size)
+		}
+		if w.Name == it.Name && name != it.Name {
+			// A template holds the name too.
+			w.Name, w.Template, w.Meta = name, nil, it.meta()
 		}
 		if old != nil && old.IsDir() {
 			if kept := b.stays(old, it.Path); kept != "" {
@@ -212,13 +220,13 @@ func (b *wantBuilder) wantAs(it *Item, old *fatdriver.Node, anchor bool) (*fatdr
 		return err
 	}
 	if old != nil {
-		byName := make(map[string]*Item, len(it.Children)) // of two equal names the first, as child has it
-		for _, c := range slices.Backward(it.Children) {
-			byName[fatdriver.Fold(c.Name)] = c
+		inPlace := map[*fatdriver.Node]*Item{}
+		for c, n := range places(it, old, it.Path) {
+			inPlace[n] = c
 		}
 		for _, n := range old.Children {
 			p := path.Join(it.Path, n.Name())
-			c := byName[fatdriver.Fold(n.Name())]
+			c := inPlace[n]
 			switch {
 			case b.r.sel.excluded(p):
 				w.Children = append(w.Children, fatdriver.Carry(n))

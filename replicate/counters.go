@@ -1,0 +1,121 @@
+package replicate
+
+import (
+	"path"
+	"slices"
+
+	"espmirror/fatdriver"
+	"espmirror/replicate/bls"
+)
+
+// Boot counters stand in the names of boot entries, and each volume counts the boots from itself. So in the directories
+// where they have a meaning a name is compared without its counter.
+
+// counts says whether the names in a directory may bear boot counters (Boot Loader Specification, "Boot counting").
+func counts(dir string) bool {
+	switch fatdriver.Fold(dir) {
+	case "LOADER/ENTRIES", "EFI/LINUX":
+		return true
+	}
+	return false
+}
+
+// counted takes the name of an entry of a directory apart; ok is false when a counter would have no meaning there.
+func counted(dir, name string) (bls.Name, bool) {
+	if !counts(dir) {
+		return bls.Name{}, false
+	}
+	return bls.ParseName(name)
+}
+
+// entryKey is the name of an entry of a directory as members compare it.
+func entryKey(dir, name string) string {
+	if n, ok := counted(dir, name); ok {
+		return fatdriver.Fold(n.Key())
+	}
+	return fatdriver.Fold(name)
+}
+
+// keys gives each name of a directory its key. Names that differ by their counters alone are no counts of one entry but
+// two files: they keep their counters.
+func keys(dir string, names []string) []string {
+	out := make([]string, len(names))
+	seen := map[string]int{}
+	for i, n := range names {
+		out[i] = entryKey(dir, n)
+		seen[out[i]]++
+	}
+	for i, n := range names {
+		if seen[out[i]] > 1 {
+			out[i] = fatdriver.Fold(n)
+		}
+	}
+	return out
+}
+
+// places pairs the entries of a directory of the source with those that a directory of the target has in their place:
+// of the same name, or else of the same name but for the boot counter. at is the directory's path on the source.
+func places(it *Item, old *fatdriver.Node, at string) map[*Item]*fatdriver.Node {
+	out := map[*Item]*fatdriver.Node{}
+	taken := map[*fatdriver.Node]bool{}
+	byName := make(map[string]*fatdriver.Node, len(old.Children))
+	for _, n := range slices.Backward(old.Children) { // of two equal names the first, as lookup has it
+		byName[fatdriver.Fold(n.Name())] = n
+	}
+	for _, c := range it.Children {
+		if n := byName[fatdriver.Fold(c.Name)]; n != nil && !taken[n] {
+			out[c], taken[n] = n, true
+		}
+	}
+	if !counts(at) {
+		return out
+	}
+	names := make([]string, len(it.Children))
+	for i, c := range it.Children {
+		names[i] = c.Name
+	}
+	for i, key := range keys(at, names) {
+		c := it.Children[i]
+		if out[c] != nil || c.Dir {
+			continue
+		}
+		for _, n := range old.Children {
+			if !n.IsDir() && !taken[n] && entryKey(at, n.Name()) == key {
+				out[c], taken[n] = n, true
+				break
+			}
+		}
+	}
+	return out
+}
+
+// inPlace finds what the target has in the place of an item that lies in the selection.
+func inPlace(src Source, tree *fatdriver.Tree, it *Item) *fatdriver.Node {
+	if n := lookup(tree.Root, it.Path); n != nil || it.Dir || !counts(path.Dir(it.Path)) {
+		return n
+	}
+	dir, old := src.Root().lookup(path.Dir(it.Path)), lookup(tree.Root, path.Dir(it.Path))
+	if dir == nil || old == nil || !old.IsDir() {
+		return nil
+	}
+	for c, n := range places(dir, old, dir.Path) {
+		if c.Path == it.Path {
+			return n
+		}
+	}
+	return nil
+}
+
+// placeName is the name under which a file of the source goes to the target. A boot that was counted on the source says
+// nothing of the target: what is the same file there keeps its own count, what is new begins with the first one. What
+// has proved good is good everywhere.
+func placeName(it *Item, old *fatdriver.Node, same bool) string {
+	n, ok := counted(path.Dir(it.Path), it.Name)
+	switch {
+	case !ok || n.State() == bls.Good:
+		return it.Name
+	case same && old != nil && entryKey(path.Dir(it.Path), old.Name()) == entryKey(path.Dir(it.Path), it.Name):
+		return old.Name()
+	}
+	return n.Initial()
+}

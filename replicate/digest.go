@@ -1,0 +1,118 @@
+package replicate
+
+import (
+	"crypto/sha256"
+	"encoding/binary"
+	"encoding/hex"
+	"fmt"
+	"path"
+	"slices"
+	"strings"
+
+	"espmirror/fatdriver"
+)
+
+// treeDigest is the digest of the selected part of a tree in the form that all members share: names folded and without
+// boot counters, of loader entries the text with the member's own words replaced by what they stand for. Times and
+// attributes have no part in it, nor have directories: on a target one may stay for the sake of what is not replicated.
+// hash gives the SHA-256 of a file.
+func treeDigest(src Source, sel *selection, texts map[string]string, hash func(*Item) ([32]byte, error)) (Digest, error) {
+	var lines []string
+	var add func(it *Item, key string) error
+	add = func(it *Item, key string) error {
+		if sel.excluded(it.Path) || it.Err != nil {
+			return nil
+		}
+		if it.Dir {
+			for _, c := range it.Children {
+				if err := add(c, key+"/"+entryKey(it.Path, c.Name)); err != nil {
+					return err
+				}
+			}
+			return nil
+		}
+		var sum [32]byte
+		if len(texts) > 0 && hasWords(it) {
+			text, err := readItem(src, it)
+			if err != nil {
+				return err
+			}
+			sum = sha256.Sum256(Canonical(text, texts))
+		} else {
+			var err error
+			if sum, err = hash(it); err != nil {
+				return err
+			}
+		}
+		lines = append(lines, hex.EncodeToString(sum[:])+" "+key)
+		return nil
+	}
+	for _, a := range sel.anchors {
+		if it := src.Root().lookup(a); it != nil {
+			if err := add(it, path.Join(fatdriver.Fold(path.Dir(it.Path)), entryKey(path.Dir(it.Path), it.Name))); err != nil {
+				return Digest{}, err
+			}
+		}
+	}
+	slices.Sort(lines)
+	h := sha256.New()
+	fmt.Fprintf(h, "espmirror tree 1\n")
+	for _, l := range lines {
+		var n [8]byte
+		binary.LittleEndian.PutUint64(n[:], uint64(len(l)))
+		h.Write(n[:])
+		h.Write([]byte(l))
+	}
+	var d Digest
+	h.Sum(d[:0])
+	return d, nil
+}
+
+// hasWords says whether a file may hold words that differ from member to member: it is a loader entry.
+func hasWords(it *Item) bool {
+	return !it.Dir && it.Size <= maxEntryFile && fatdriver.Fold(path.Dir(it.Path)) == "LOADER/ENTRIES" &&
+		strings.HasSuffix(fatdriver.Fold(it.Name), ".CONF")
+}
+
+// fingerprint is a hash over what a volume's directories say of the selected files, and where these lie: it changes with
+// every change that does not write into the clusters of a file in place, and takes no reading of files. Dates of last
+// access are left out, they change by reading.
+func fingerprint(tree *fatdriver.Tree, sel *selection) string {
+	h := sha256.New()
+	fmt.Fprintf(h, "espmirror fingerprint 1\n")
+	h.Write(tree.Volume().Identity())
+	var b [8]byte
+	put := func(n uint64) {
+		binary.LittleEndian.PutUint64(b[:], n)
+		h.Write(b[:])
+	}
+	var add func(n *fatdriver.Node, at string)
+	add = func(n *fatdriver.Node, at string) {
+		if sel.excluded(at) {
+			return
+		}
+		put(uint64(len(at)))
+		h.Write([]byte(at))
+		if n.Entry != nil {
+			group := n.Entry.Unread()
+			put(uint64(len(group)))
+			h.Write(group)
+		}
+		put(uint64(len(n.Runs)))
+		for _, r := range n.Runs {
+			put(uint64(r.First))
+			put(uint64(r.Count))
+		}
+		for _, c := range n.Children {
+			add(c, path.Join(at, c.Name()))
+		}
+	}
+	anchors := slices.Clone(sel.anchors)
+	slices.Sort(anchors)
+	for _, a := range anchors {
+		if n := lookup(tree.Root, a); n != nil {
+			add(n, a)
+		}
+	}
+	return hex.EncodeToString(h.Sum(nil))
+}

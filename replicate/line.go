@@ -1,0 +1,492 @@
+package replicate
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"espmirror/blockdev"
+	"espmirror/fatdriver"
+)
+
+// line is what a run knows of the generations of a replica set.
+type line struct {
+	state *State // what the source remembers, nil when it has never been in a set
+	fp    string // the source's fingerprint, "" when there is no volume to take one of
+	now   *State // the generation that this run brings to the targets
+	save  bool   // the source does not know it yet
+}
+
+// noFingerprint stands where a fingerprint is not known; it has the length of one, so that the state file has its size
+// before it has its content.
+var noFingerprint = strings.Repeat("0", 64)
+
+// Lineage says how a target stands to the source.
+type Lineage struct {
+	Verdict    Verdict
+	Forced     bool      // the verdict was overridden
+	Generation uint64    // the target's before the run, 0 when it has none
+	Source     uint64    // the generation that the source is at, or comes to by this run
+	Last       time.Time // when the target's last run ended by the clock of then; zero when not known
+}
+
+// readSet reads the set file of a source or target; nil without an error when there is none.
+func readSet(src Source) (*Set, error) {
+	it := src.Root().lookup(SetPath)
+	if it == nil {
+		return nil, nil
+	}
+	if it.Dir || it.Size > maxSet {
+		return nil, fmt.Errorf("%s of %s is no replica set file: it is a directory or too long", SetPath, src.Name())
+	}
+	text, err := readItem(src, it)
+	if err != nil {
+		return nil, err
+	}
+	return ParseSet(src.Name()+":"+SetPath, text)
+}
+
+// texts are the words by which the entries of one member differ from those of the others.
+func (r *run) texts(guid string) map[string]string {
+	if r.set == nil || guid == "" {
+		return nil
+	}
+	return r.set.Texts(guid)
+}
+
+// begun reads what the source knows of its replica set.
+func (r *run) begun() error {
+	set, err := readSet(r.src)
+	if err != nil {
+		return &Hint{refusal{fmt.Errorf("%w: %w", ErrSource, err)}, "mend " + SetPath + " on the primary"}
+	}
+	r.set = set
+	if !r.opt.Member {
+		return nil
+	}
+	st, err := readState(r.src)
+	switch {
+	case errors.Is(err, ErrState) && r.opt.Force:
+		r.log.Warn("the source's state is lost, and a new lineage begins", "err", err)
+	case errors.Is(err, ErrState):
+		return &Hint{refusal{err}, "look whether another member is newer (`espmirror status`); --force begins a new lineage"}
+	case err != nil:
+		return err
+	}
+	r.line = &line{state: st}
+	if st != nil && len(r.opt.Selection.Select) == 0 && len(st.Named) == 0 {
+		// What entries once referred to stays selected, so that it goes from the targets when it goes from the source.
+		for _, a := range st.Anchors {
+			if it := r.src.Root().lookup(a); it != nil && !r.sel.touches(a) {
+				r.sel.anchors = append(r.sel.anchors, it.Path)
+			}
+		}
+	}
+	r.line.fp = noFingerprint
+	if tree := r.sourceTree(); tree != nil {
+		r.line.fp = fingerprint(tree, r.sel)
+	}
+	return nil
+}
+
+// touches says whether a path is selected, or holds or lies in something that is.
+func (s *selection) touches(p string) bool {
+	k := fatdriver.Fold(p)
+	return s.covers(p) || slices.ContainsFunc(s.anchors, func(a string) bool { return inside(fatdriver.Fold(a), k) })
+}
+
+// sourceTree is the volume that the source is, nil when it is a directory that no volume was given for.
+func (r *run) sourceTree() *fatdriver.Tree {
+	if v, ok := r.src.(*volumeSource); ok {
+		return v.tree
+	}
+	return r.opt.SourceTree
+}
+
+// adapt works out what is different from target to target: words in loader entries, and directories that only an
+// earlier run selected.
+func (r *run) adapt(sides []*side) error {
+	from := r.texts(r.opt.SourceGUID)
+	var entries []*Item
+	if r.set != nil {
+		for _, f := range r.selectedFiles() {
+			if hasWords(f) {
+				entries = append(entries, f)
+			}
+		}
+	}
+	for _, s := range sides {
+		s.items, s.gone = map[*Item]*Item{}, nil
+		if st := s.state; st != nil && r.line != nil && len(r.opt.Selection.Select) == 0 && len(st.Named) == 0 {
+			for _, a := range st.Anchors {
+				if r.src.Root().lookup(a) == nil && !r.sel.touches(a) {
+					s.gone = append(s.gone, a)
+				}
+			}
+		}
+		to := r.texts(s.t.PartGUID)
+		for name := range from {
+			if _, ok := to[name]; !ok {
+				r.log.Warn("the replica set file has no text for this member, so its loader entries say what the primary's say", "target", s.t.Name, "name", name)
+			}
+		}
+		for _, f := range entries {
+			text, err := readItem(r.src, f)
+			if err != nil {
+				return err
+			}
+			if out := Rewrite(text, from, to); string(out) != string(text) {
+				e := *f
+				e.data, e.Size = out, int64(len(out))
+				s.items[f] = &e
+			}
+		}
+	}
+	return nil
+}
+
+// item is what a target is to have in the place of a source item.
+func (s *side) item(it *Item) *Item {
+	if e := s.items[it]; e != nil {
+		return e
+	}
+	return it
+}
+
+// unread says whether the fingerprints of both sides are those of the last run that compared or wrote content, so that
+// nothing has to be read. Where they differ nothing is concluded but that it must.
+func (r *run) unread(s *side) bool {
+	l := r.line
+	return l != nil && r.opt.Fingerprint && l.state != nil && s.state != nil && s.state.same(l.state) && len(s.gone) == 0 &&
+		l.fp != noFingerprint && s.state.Source == l.fp && s.state.Own != noFingerprint && s.state.Own == fingerprint(s.tree, r.sel)
+}
+
+// judge decides for each target whether the source may replace what it has, and which generation the run brings.
+func (r *run) judge(sides []*side) error {
+	if r.line == nil {
+		for _, s := range sides {
+			if err := r.judgeStranger(s); err != nil {
+				s.fail(fmt.Errorf("cannot sync %s: %w", s.t.Name, err))
+			}
+		}
+		return nil
+	}
+	read := slices.DeleteFunc(slices.Clone(sides), func(s *side) bool {
+		if s.skip {
+			s.res.Lineage = &Lineage{Verdict: Equal, Generation: s.state.Generation, Source: s.state.Generation, Last: s.state.UpdatedAt()}
+		}
+		return s.skip
+	})
+	if len(read) == 0 {
+		return nil
+	}
+	digest, err := r.digest(r.sel)
+	if err != nil {
+		return err
+	}
+	base, changed, err := r.base(read)
+	if err != nil {
+		return err
+	}
+	now := base
+	if base == nil || changed {
+		now = base.next(digest, r.sel)
+	}
+	var over uint64 // the highest generation that is overruled
+	for _, s := range read {
+		in := &Lineage{Verdict: Equal}
+		s.res.Lineage = in
+		if s.state != nil {
+			in.Generation, in.Last = s.state.Generation, s.state.UpdatedAt()
+		}
+		if s.same {
+			continue
+		}
+		why := ""
+		if s.stateErr != nil {
+			in.Verdict, why = Diverged, s.stateErr.Error()
+		} else {
+			own, err := r.changedTarget(s, base)
+			if err != nil {
+				s.fail(fmt.Errorf("cannot read %s: %w", s.t.Name, err))
+				continue
+			}
+			in.Verdict, why = compareLines(lineageSide{base, changed}, lineageSide{s.state, own})
+		}
+		err := in.Verdict.refuse(why, r.src.Name(), s.t.Name)
+		if err != nil && r.opt.Force {
+			r.log.Warn("forced", "target", s.t.Name, "overruled", err.Error())
+			in.Forced = true
+			over = max(over, in.Generation)
+			err = nil
+		}
+		if err != nil {
+			s.fail(fmt.Errorf("cannot sync %s: %w", s.t.Name, err))
+		}
+	}
+	if over >= now.Generation {
+		// The winner's generation must come after what it replaces, and be another one.
+		if now == base {
+			now = base.next(digest, r.sel)
+		}
+		now.Generation = over + 1
+	}
+	r.line.now = now
+	left := 0
+	for _, s := range read {
+		s.res.Lineage.Source = now.Generation
+		if s.res.Err != nil {
+			continue
+		}
+		left++
+		if s.same && s.state != nil && s.state.same(now) {
+			continue
+		}
+		rec := *now
+		rec.Source, rec.Own, rec.Updated = r.line.fp, noFingerprint, r.now().Unix()
+		s.record = &rec
+	}
+	r.line.save = left > 0 && (r.line.state == nil || !r.line.state.same(now))
+	return nil
+}
+
+func (r *run) now() time.Time {
+	if r.opt.Now.IsZero() {
+		return time.Now()
+	}
+	return r.opt.Now
+}
+
+// judgeStranger guards the members of a set against a source that is in none.
+func (r *run) judgeStranger(s *side) error {
+	if s.same || s.state == nil && s.stateErr == nil {
+		return nil
+	}
+	err := s.stateErr
+	if err == nil {
+		v, why := compareLines(lineageSide{}, lineageSide{state: s.state})
+		err = v.refuse(why, r.src.Name(), s.t.Name)
+		s.res.Lineage = &Lineage{Verdict: v, Generation: s.state.Generation, Last: s.state.UpdatedAt(), Forced: r.opt.Force}
+	} else {
+		err = &Hint{refusal{err}, "--force overwrites what is there"}
+	}
+	if r.opt.Force {
+		r.log.Warn("forced", "target", s.t.Name, "overruled", err.Error())
+		return nil
+	}
+	return err
+}
+
+// digest is the digest of a part of the source's tree.
+func (r *run) digest(sel *selection) (Digest, error) {
+	return treeDigest(r.src, sel, r.texts(r.opt.SourceGUID), r.hash)
+}
+
+// base is the generation that the source started from, and whether it was changed since. A target with the same tree
+// may know better than the source itself: when a run was cut before the source could note it, or when the source was
+// away and came back to what it had been.
+func (r *run) base(sides []*side) (*State, bool, error) {
+	fits := func(st *State) (bool, error) {
+		sel, err := st.selection()
+		if err != nil {
+			return false, err
+		}
+		d, err := r.digest(sel)
+		return d == st.Digest, err
+	}
+	base := r.line.state
+	changed := false
+	if base != nil {
+		ok, err := fits(base)
+		if err != nil {
+			return nil, false, err
+		}
+		changed = !ok
+	}
+	for _, s := range sides {
+		if !s.same || s.state == nil || base != nil && (s.state.Lineage != base.Lineage || s.state.Generation <= base.Generation) {
+			continue
+		}
+		ok, err := fits(s.state)
+		if err != nil {
+			return nil, false, err
+		}
+		if ok {
+			base, changed = s.state, false
+		}
+	}
+	if base != nil && !changed {
+		// Another selection is another tree, even when what was selected before is as it was.
+		sel := &State{}
+		sel.setSelection(r.sel)
+		changed = !base.sameSelection(sel)
+	}
+	return base, changed, nil
+}
+
+// changedTarget says whether a target's tree is another one than its last run left there. The answer is only worked out
+// where the verdict depends on it.
+func (r *run) changedTarget(s *side, base *State) (bool, error) {
+	if s.state == nil || base == nil || s.state.Lineage != base.Lineage {
+		return false, nil
+	}
+	sel, err := s.state.selection()
+	if err != nil {
+		return false, err
+	}
+	src := s.source()
+	set, err := readSet(src)
+	if err != nil {
+		set = nil // then its words are compared as they are
+	}
+	var texts map[string]string
+	if set != nil && s.t.PartGUID != "" {
+		texts = set.Texts(s.t.PartGUID)
+	}
+	known := map[string][32]byte{} // what was found equal to a file of the source need not be read again
+	for f, p := range s.match {
+		if h, ok := r.hashes[s.item(f)]; ok {
+			known[fatdriver.Fold(p)] = h
+		}
+	}
+	d, err := treeDigest(src, sel, texts, func(it *Item) ([32]byte, error) {
+		if h, ok := known[fatdriver.Fold(it.Path)]; ok {
+			return h, nil
+		}
+		rd, err := src.Open(it)
+		if err != nil {
+			return [32]byte{}, err
+		}
+		defer rd.Close()
+		return hashReader(rd, it.Size)
+	})
+	return d != s.state.Digest, err
+}
+
+// remember notes the generation on the source, before any target is told of it: so whatever a target claims to have,
+// the source knows too.
+func (r *run) remember(ctx context.Context, sides []*side) error {
+	l := r.line
+	if l == nil || !l.save || len(sides) == 0 {
+		return nil
+	}
+	if r.opt.Save == nil {
+		return errors.New("internal error: nobody can note the generation on the source")
+	}
+	st := *l.now
+	st.Source, st.Own, st.Updated = "", "", r.now().Unix()
+	if err := r.opt.Save(ctx, st.Bytes()); err != nil {
+		return fmt.Errorf("cannot note generation %d on %s: %w", st.Generation, r.src.Name(), err)
+	}
+	return nil
+}
+
+// stateFile is the file that tells the target of this run.
+func (s *side) stateFile(r *run) *Item {
+	if s.file == nil {
+		text := s.record.Bytes()
+		s.file = &Item{Name: "state", Path: StatePath, Size: int64(len(text)), data: text,
+			Meta: fatdriver.Meta{Attr: fatdriver.AttrHidden | fatdriver.AttrSystem, Created: r.now(), Modified: r.now(), Accessed: r.now()}}
+	}
+	return s.file
+}
+
+// withState adds the state file to what is wanted of a target. It lies beside the journal; our directory is switched as
+// a whole, so that in most runs its entry lies in a sector that is committed anyway.
+func (r *run) withState(s *side, points []switchPoint) []switchPoint {
+	if s.record == nil {
+		return points
+	}
+	own := lookup(s.tree.Root, stateDir)
+	if own == nil || !own.IsDir() {
+		return points // the journal comes first, and brings it
+	}
+	it := s.stateFile(r)
+	file := &fatdriver.Want{Name: it.Name, Size: it.Size, Content: it, Meta: it.Meta}
+	dir := fatdriver.Carry(own)
+	dir.Children = slices.DeleteFunc(dir.Children, func(w *fatdriver.Want) bool { return fatdriver.Fold(w.Name) == "STATE" })
+	dir.Children = append(dir.Children, file)
+	// Somebody may have selected EFI itself: then our directory is part of what is wanted there.
+	for i := range points {
+		p := &points[i]
+		if fatdriver.Fold(p.path) != "EFI" || p.New == nil {
+			continue
+		}
+		for j, c := range p.New.Children {
+			if c.Dir && fatdriver.Fold(c.Name) == "ESPMIRROR" {
+				p.New.Children[j] = dir
+				return points
+			}
+		}
+	}
+	return append(points, switchPoint{fatdriver.Anchor{Parent: own.Parent, Old: own, New: dir}, stateDir, false})
+}
+
+// stateNeed is the number of clusters that the state file takes, where withState could not add it yet.
+func (s *side) stateNeed() int64 {
+	if s.record == nil {
+		return 0
+	}
+	return (int64(len(s.record.Bytes())) + s.cluster() - 1) / s.cluster()
+}
+
+// foretell carries out the plan of a target in memory, without the content of files. What comes of it must be a sound
+// tree; its fingerprint goes into the state file, which is written before there is such a tree.
+func (r *run) foretell(s *side) {
+	if s.plan == nil || s.record == nil {
+		return
+	}
+	if err := r.foretold(s); err != nil {
+		s.fail(fmt.Errorf("cannot plan for %s: %w", s.t.Name, err))
+	}
+}
+
+func (r *run) foretold(s *side) error {
+	d := s.rehearsal(blockdev.NewOverlay(s.dev))
+	var err error
+	if d.vol, err = fatdriver.Open(d.dev); err != nil {
+		return err
+	}
+	if err := r.scan(d); err != nil {
+		return err
+	}
+	points, _, err := r.wants(d, false)
+	if err != nil {
+		return err
+	}
+	plan, err := r.steps(d, points)
+	if err != nil {
+		return err
+	}
+	if !slices.EqualFunc(plan.Blocks, s.plan.Blocks, func(a, b fatdriver.Block) bool { return a.Off == b.Off && string(a.New) == string(b.New) }) {
+		return errors.New("internal error: two plans for one tree are not the same")
+	}
+	tx := plan.Begin()
+	err = inOrder(tx.WriteDirs, tx.WriteFAT, tx.Flush,
+		func() error { return r.commitAll(d, plan, tx, nil) },
+		func() error { return closeTx(tx, nil) })
+	if err != nil {
+		return fmt.Errorf("internal error: the plan cannot be carried out: %w", err)
+	}
+	if err := r.scan(d); err != nil {
+		return fmt.Errorf("internal error: the plan leads to a damaged tree: %w", err)
+	}
+	s.record.Own = fingerprint(d.tree, r.sel)
+	text := s.record.Bytes()
+	if len(text) != len(s.file.data) {
+		return errors.New("internal error: the state file changed its size")
+	}
+	s.file.data = text
+	return nil
+}
+
+// rehearsal is the side on another device, to try something there.
+func (s *side) rehearsal(dev blockdev.Device) *side {
+	d := &side{t: s.t, res: &Result{}, match: s.match, items: s.items, gone: s.gone, state: s.state, record: s.record, file: s.file,
+		count: blockdev.NewCounting(dev)}
+	d.dev = d.count
+	return d
+}

@@ -1,0 +1,210 @@
+package replicate
+
+import (
+	"bytes"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"time"
+
+	"github.com/google/uuid"
+
+	"espmirror/fatdriver"
+)
+
+// StatePath is where a member of a replica set keeps its State.
+const StatePath = stateDir + "/state"
+
+// ErrState is returned for a state file that cannot be read: it is damaged, or of a newer version.
+var ErrState = errors.New("cannot read the state of the replica set")
+
+// stateVersion is part of the on-disk format. A reader refuses what is newer than it knows.
+const stateVersion = 1
+
+// maxState bounds the size of a state file in bytes, and maxHistory the generations that it remembers: a member that
+// was away for more of them cannot be told from one that went its own way.
+const (
+	maxState   = 64 << 10
+	maxHistory = 64
+)
+
+// Digest is the SHA-256 of a selected tree: names, kinds and contents, in a form that is the same on all members (see
+// treeDigest).
+type Digest [32]byte
+
+// String returns the digest in hexadecimal.
+func (d Digest) String() string { return hex.EncodeToString(d[:]) }
+
+// MarshalText implements encoding.TextMarshaler.
+func (d Digest) MarshalText() ([]byte, error) { return []byte(d.String()), nil }
+
+// UnmarshalText implements encoding.TextUnmarshaler.
+func (d *Digest) UnmarshalText(text []byte) error {
+	if n, err := hex.Decode(d[:], text[:min(len(text), 2*len(d))]); err != nil || n != len(d) || len(text) != 2*len(d) {
+		return fmt.Errorf("%q is not a digest", text)
+	}
+	return nil
+}
+
+// State is what a member of a replica set remembers of its last completed run. Clocks have no say in it: generations
+// are counted, and a generation is known by its number and its digest.
+type State struct {
+	Version    int    `json:"espmirror"`
+	Lineage    string `json:"lineage"`    // UUID of the line of generations; sets that never met have different ones
+	Generation uint64 `json:"generation"` // grows by one with each new tree
+	Digest     Digest `json:"digest"`     // of the selected tree at that generation
+	// Anchors, Named and Exclude are the selection that the digest is about: what was replicated, which of it by its
+	// own name, and what was left out.
+	Anchors []string `json:"anchors"`
+	Named   []string `json:"named,omitempty"`
+	Exclude []string `json:"exclude,omitempty"`
+	// Past are the generations before, the newest first.
+	Past []Past `json:"past,omitempty"`
+	// Source and Own are the fingerprints of the primary and of this volume at the end of the run; empty when not known.
+	Source string `json:"source_fingerprint,omitempty"`
+	Own    string `json:"own_fingerprint,omitempty"`
+	// Updated is when the run ended by the clock of that moment, in seconds since 1970. It is for people and monitoring.
+	Updated int64 `json:"updated"`
+}
+
+// Past is an earlier generation.
+type Past struct {
+	Generation uint64 `json:"generation"`
+	Digest     Digest `json:"digest"`
+}
+
+// ParseState reads a state file. It returns ErrState.
+func ParseState(text []byte) (*State, error) {
+	s := &State{}
+	dec := json.NewDecoder(bytes.NewReader(text))
+	if err := dec.Decode(s); err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrState, err)
+	}
+	if _, err := dec.Token(); !errors.Is(err, io.EOF) {
+		return nil, fmt.Errorf("%w: there is something behind its end", ErrState)
+	}
+	if s.Version < 1 || s.Version > stateVersion {
+		return nil, fmt.Errorf("%w: it has version %d, known are versions up to %d", ErrState, s.Version, stateVersion)
+	}
+	if _, err := uuid.Parse(s.Lineage); err != nil {
+		return nil, fmt.Errorf("%w: %q is not a lineage", ErrState, s.Lineage)
+	}
+	if s.Generation == 0 || len(s.Anchors) == 0 {
+		return nil, fmt.Errorf("%w: it names no generation or no tree", ErrState)
+	}
+	if len(s.Past) > maxHistory {
+		s.Past = s.Past[:maxHistory]
+	}
+	return s, nil
+}
+
+// Bytes is the state file.
+func (s *State) Bytes() []byte {
+	text, err := json.MarshalIndent(s, "", " ")
+	if err != nil {
+		panic("internal error: " + err.Error()) // strings and numbers only
+	}
+	return append(text, '\n')
+}
+
+// UpdatedAt is when the last run ended.
+func (s *State) UpdatedAt() time.Time { return time.Unix(s.Updated, 0) }
+
+// is says whether the state's generation is the given one.
+func (s *State) is(p Past) bool { return s.Generation == p.Generation && s.Digest == p.Digest }
+
+// knows says whether the state's generation, or one before it, is the given one.
+func (s *State) knows(p Past) bool { return s.is(p) || slices.Contains(s.Past, p) }
+
+// past is the state's generation as a later one remembers it.
+func (s *State) past() Past { return Past{s.Generation, s.Digest} }
+
+// sameSelection says whether two states speak of the same part of the tree.
+func (s *State) sameSelection(t *State) bool {
+	return slices.Equal(s.Anchors, t.Anchors) && slices.Equal(s.Named, t.Named) && slices.Equal(s.Exclude, t.Exclude)
+}
+
+// same says whether two states are of one generation, and speak of the same part of the tree.
+func (s *State) same(t *State) bool {
+	return s.Lineage == t.Lineage && s.is(t.past()) && s.sameSelection(t)
+}
+
+// next is the state of the generation after s. s may be nil: then a new lineage begins.
+func (s *State) next(d Digest, sel *selection) *State {
+	n := &State{Version: stateVersion, Generation: 1, Digest: d}
+	if s == nil {
+		n.Lineage = uuid.NewString()
+	} else {
+		n.Lineage, n.Generation = s.Lineage, s.Generation+1
+		n.Past = append([]Past{s.past()}, s.Past...)
+		n.Past = n.Past[:min(len(n.Past), maxHistory)]
+	}
+	n.setSelection(sel)
+	return n
+}
+
+// setSelection notes what a digest is about, in an order of its own.
+func (s *State) setSelection(sel *selection) {
+	s.Anchors, s.Named, s.Exclude = nil, nil, nil
+	for _, a := range sel.anchors {
+		s.Anchors = append(s.Anchors, fatdriver.Fold(a))
+	}
+	for k := range sel.byName {
+		s.Named = append(s.Named, k)
+	}
+	s.Exclude = slices.Clone(sel.excludes)
+	slices.Sort(s.Anchors)
+	slices.Sort(s.Named)
+	slices.Sort(s.Exclude)
+}
+
+// selection is the part of a tree that the digest is about.
+func (s *State) selection() (*selection, error) {
+	sel := &selection{anchors: s.Anchors, byName: map[string]bool{}, excludes: s.Exclude}
+	for _, p := range s.Named {
+		if err := sel.selectPath(p); err != nil {
+			return nil, fmt.Errorf("%w: %w", ErrState, err)
+		}
+	}
+	return sel, nil
+}
+
+// readState reads the state of a volume or directory. nil without an error means that it has none.
+func readState(src Source) (*State, error) {
+	it := src.Root().lookup(StatePath)
+	if it == nil {
+		return nil, nil
+	}
+	if it.Dir || it.Size > maxState {
+		return nil, fmt.Errorf("%w: %s of %s is no state file", ErrState, StatePath, src.Name())
+	}
+	text, err := readItem(src, it)
+	if err != nil {
+		return nil, err
+	}
+	s, err := ParseState(text)
+	if err != nil {
+		return nil, fmt.Errorf("%s of %s: %w", StatePath, src.Name(), err)
+	}
+	return s, nil
+}
+
+// readItem reads a small file whole.
+func readItem(src Source, it *Item) ([]byte, error) {
+	if it.data != nil {
+		return it.data, nil
+	}
+	r, err := src.Open(it)
+	if err != nil {
+		return nil, fmt.Errorf("%w: cannot read %s: %w", ErrSource, it.Path, err)
+	}
+	defer r.Close()
+	text := make([]byte, it.Size)
+	if _, err := io.ReadFull(r, text); err != nil {
+		return nil, fmt.Errorf("%w: cannot read %s: %w", ErrSource, it.Path, shrunk(err))
+	}
+	return text, nil
+}
