@@ -177,7 +177,7 @@ func crashCases() map[string][2]map[string]string {
 		"one directory": {base, with(func(m map[string]string) {
 			m["EFI/Linux/new.efi"] = "MZ new"
 			delete(m, "EFI/Linux/old and long.efi")
-			m["EFI/Linux/linux-6.1+2-1.efi"] = m["EFI/Linux/linux-6.1+3-0.efi"]
+			m["EFI/Linux/linux-6.1b+3-0.efi"] = m["EFI/Linux/linux-6.1+3-0.efi"]
 			delete(m, "EFI/Linux/linux-6.1+3-0.efi")
 		})},
 		"kernel update": {base, with(func(m map[string]string) {

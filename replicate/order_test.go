@@ -78,7 +78,7 @@ func orderCases() map[string][2]map[string]string {
 			delete(m, "vmlinuz-linux")
 			m["loader/entries/root.conf"] = conf("initrd-linux")
 			m["initrd-linux"] = strings.Repeat("3", 1200)
-			m["EFI/Linux/uki+2-1.efi"] = m["EFI/Linux/uki+3.efi"]
+			m["EFI/Linux/uki.efi"] = m["EFI/Linux/uki+3.efi"]
 			delete(m, "EFI/Linux/uki+3.efi")
 			m["EFI/BOOT/BOOTX64.EFI"] = "MZ new"
 		})},
@@ -118,7 +118,7 @@ func TestNoDanglingEntry(t *testing.T) {
 	}
 }
 
-// TestRenameWritesNoData counts the bytes of renames: of boot counters, of directories, of names that are swapped.
+// TestRenameWritesNoData counts the bytes of renames: of entries that proved good, of directories, of names that are swapped.
 func TestRenameWritesNoData(t *testing.T) {
 	const size = 600_000
 	big := func(c string) string { return "MZ" + strings.Repeat(c, size) }
@@ -129,7 +129,7 @@ func TestRenameWritesNoData(t *testing.T) {
 		"loader/entries/x+3.conf": "title x\n",
 	}
 	renames := map[string]map[string]string{
-		"boot counter":  {"EFI/Linux/a+3.efi": "EFI/Linux/a+2-1.efi", "loader/entries/x+3.conf": "loader/entries/x+2-1.conf"},
+		"another":       {"EFI/Linux/a+3.efi": "EFI/Linux/c+3.efi", "loader/entries/x+3.conf": "loader/entries/y+3.conf"},
 		"good":          {"EFI/Linux/a+3.efi": "EFI/Linux/a.efi"},
 		"swapped":       {"EFI/Linux/a+3.efi": "EFI/Linux/b.efi", "EFI/Linux/b.efi": "EFI/Linux/a+3.efi"},
 		"case":          {"EFI/Linux/b.efi": "EFI/Linux/B.EFI"},

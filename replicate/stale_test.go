@@ -27,7 +27,7 @@ var meddlers = map[string]func(t *testing.T, img string){
 	"deletes EFI/BOOT":     func(t *testing.T, img string) { mtool(t, img, "mdeltree", "::/EFI/BOOT") },
 	"deletes loader":       func(t *testing.T, img string) { mtool(t, img, "mdeltree", "::/loader") },
 	"renames in EFI/Linux": func(t *testing.T, img string) {
-		mtool(t, img, "mren", "::/EFI/Linux/linux-6.1+3-0.efi", "linux-6.1+2-1.efi")
+		mtool(t, img, "mren", "::/EFI/Linux/linux-6.1+3-0.efi", "linux-6.1b+3-0.efi")
 	},
 	"renames EFI/Linux":    func(t *testing.T, img string) { mtool(t, img, "mren", "::/EFI/Linux", "Elsewhere") },
 	"renames loader":       func(t *testing.T, img string) { mtool(t, img, "mren", "::/loader", "loader.old") },

@@ -3,7 +3,6 @@ package replicate
 import (
 	"fmt"
 	"path"
-	"slices"
 	"sort"
 	"strings"
 

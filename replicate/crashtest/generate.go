@@ -207,7 +207,7 @@ var ops = map[string]func(m *maker, t Tree){
 		for p, c := range maps.Clone(t) {
 			if base, ok := strings.CutSuffix(p, "+3.efi"); ok {
 				delete(t, p)
-				t[base+"+2-1.efi"] = c
+				t[base+".efi"] = c // it has proved good
 				return
 			}
 		}
