@@ -39,7 +39,7 @@ func readSet(src Source) (*Set, error) {
 	if it == nil {
 		return nil, nil
 	}
-	if it.Dir || it.Size > maxSet {
+	if it.Dir || it.Size > MaxSetSize {
 		return nil, fmt.Errorf("%s of %s is no replica set file: it is a directory or too long", SetPath, src.Name())
 	}
 	text, err := readItem(src, it)
@@ -63,7 +63,14 @@ func (r *run) begun() error {
 	if err != nil {
 		return &Hint{refusal{fmt.Errorf("%w: %w", ErrSource, err)}, "mend " + SetPath + " on the primary"}
 	}
-	r.set = set
+	if r.set = set; set != nil {
+		if names := set.Incomplete(r.opt.SourceGUID); r.opt.SourceGUID != "" && len(names) > 0 {
+			return &Hint{
+				refusal{fmt.Errorf("%w: %s of %s has no text for %s of the primary itself", ErrSource, SetPath, r.src.Name(), strings.Join(names, ", "))},
+				fmt.Sprintf("add a line `replace %s %s TEXT` there", names[0], r.opt.SourceGUID),
+			}
+		}
+	}
 	if !r.opt.Member {
 		return nil
 	}
@@ -128,15 +135,25 @@ func (r *run) adapt(sides []*side) error {
 			}
 		}
 		to := r.texts(s.t.PartGUID)
-		for name := range from {
-			if _, ok := to[name]; !ok {
-				r.log.Warn("the replica set file has no text for this member, so its loader entries say what the primary's say", "target", s.t.Name, "name", name)
+		if r.set != nil && r.set.Has(s.t.PartGUID) {
+			if names := r.set.Incomplete(s.t.PartGUID); len(names) > 0 {
+				s.fail(&Hint{
+					refusal{fmt.Errorf("cannot sync %s: %s of %s has no text for %s of this member, so its loader entries would say what another member's say",
+						s.t.Name, SetPath, r.src.Name(), strings.Join(names, ", "))},
+					fmt.Sprintf("add a line `replace %s %s TEXT` there", names[0], s.t.PartGUID),
+				})
+				continue
 			}
 		}
 		for _, f := range entries {
 			text, err := readItem(r.src, f)
 			if err != nil {
 				return err
+			}
+			if !Faithful(text, from, to) {
+				s.fail(refusal{fmt.Errorf("cannot sync %s: %s names the text of both members, which %s tells apart: on the target they would be alike",
+					s.t.Name, f.Path, SetPath)})
+				break
 			}
 			if out := Rewrite(text, from, to); string(out) != string(text) {
 				e := *f
