@@ -30,6 +30,8 @@ var (
 type Finder struct {
 	System blockdev.System
 	Among  []string // disks and images in which names such as PARTUUID=… are looked for before the machine's own disks
+
+	retrying func() // tests change the machine there
 }
 
 // Find returns the volume that spec names:

@@ -61,6 +61,9 @@ func (f *Finder) findPartUUID(name string) (*Location, error) {
 		l, err := f.onMachine(partUUID, problems)
 		// A partitioner at work: the kernel's list and the table were read at different moments.
 		if errors.Is(err, ErrChanged) && try == 1 {
+			if f.retrying != nil {
+				f.retrying()
+			}
 			continue
 		}
 		return l, err
@@ -79,21 +82,9 @@ func (f *Finder) onMachine(partUUID string, problems []string) (*Location, error
 		return nil, err
 	}
 	search := search{Finder: f, partUUID: partUUID, blocks: blocks}
-	if err := search.known(); err != nil {
-		return nil, err
-	}
+	search.known()
 	if len(search.found) == 0 {
-		for _, disk := range blocks {
-			if !isSearched(disk) || accounted(f.System, blocks, disk) {
-				continue
-			}
-			table, err := f.tableOf(disk)
-			if err != nil {
-				search.failed(err)
-				continue
-			}
-			search.in(table)
-		}
+		search.disks(f.tableOf)
 	}
 	return search.result(problems)
 }
@@ -135,7 +126,7 @@ func (s *search) failed(err error) {
 
 // known finds the partitions that the kernel or udev know by the PARTUUID. Those that the table does not confirm are left
 // out: of the kernel's that is told, udev's record is merely old.
-func (s *search) known() error {
+func (s *search) known() {
 	link := s.System.PartUUIDLink(s.partUUID)
 	for _, b := range s.blocks {
 		if b.Disk == "" || isQuiet(b.Name) {
@@ -165,7 +156,6 @@ func (s *search) known() error {
 			s.failed(fmt.Errorf("cannot use %s: %w", l, l.TableErr))
 		}
 	}
-	return nil
 }
 
 // partitionOf returns the location of a partition that the kernel has.
@@ -175,6 +165,21 @@ func (s *search) partitionOf(b blockdev.Block) (*Location, error) {
 		return nil, fmt.Errorf("cannot look at %s: %w", b.Node, err)
 	}
 	return s.partNode("PARTUUID="+s.partUUID, b.Node, b, id)
+}
+
+// disks looks into the tables of the disks that may have the partition for all that the system knows.
+func (s *search) disks(read func(blockdev.Block) (*source, error)) {
+	for _, disk := range s.blocks {
+		if !isSearched(disk) || accounted(s.System, s.blocks, disk) {
+			continue
+		}
+		table, err := read(disk)
+		if err != nil {
+			s.failed(err)
+			continue
+		}
+		s.in(table)
+	}
 }
 
 // tableOf reads the table of a disk; that it has none is no error.

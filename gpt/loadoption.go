@@ -116,7 +116,7 @@ func parseHardDrive(node []byte) *HardDrive {
 	switch format, kind := node[40], node[41]; {
 	case format == formatGPT && kind == signatureGPT:
 		h.PartUUID = guidFromDisk(signature).String()
-	case format == formatMBR && kind == signatureMBR:
+	case format == formatMBR && kind == signatureMBR && h.Number > 0 && h.Number <= 0xff:
 		h.PartUUID = fmt.Sprintf("%08x-%02x", le.Uint32(signature), h.Number)
 	}
 	return h
