@@ -36,8 +36,8 @@ func parseDevNum(s string) (DevNum, error) {
 	return DevNum{}, fmt.Errorf("%q is not a device number", s)
 }
 
-// System is the machine as the kernel describes it: /sys, /proc and /dev below Root. The zero value is this machine;
-// tests bring trees of their own.
+// System is the machine as the kernel and udev describe it: /sys, /proc, /dev and /run below Root. The zero value is this
+// machine; tests bring trees of their own.
 type System struct {
 	Root string // "" is "/"
 }

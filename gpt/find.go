@@ -30,6 +30,8 @@ var (
 type Finder struct {
 	System blockdev.System
 	Among  []string // disks and images in which names such as PARTUUID=… are looked for before the machine's own disks
+
+	retrying func() // tests change the machine there
 }
 
 // Find returns the volume that spec names:
@@ -43,7 +45,7 @@ type Finder struct {
 // A path that exists is taken as it is, even with "@@" or "=" in it. The tags are looked for in Among, and only when
 // nothing there fits, on this machine: see List for the disks that are left out. GUIDs, serial numbers and FAT labels
 // are compared without regard to case. A name that fits several volumes gives ErrAmbiguous, one that fits none
-// ErrNotFound or fs.ErrNotExist.
+// ErrNotFound or fs.ErrNotExist. For PARTUUID= see FindPartUUID, which opens as few disks as it can.
 func (f *Finder) Find(spec string) (*Location, error) {
 	l, err := f.find(spec)
 	if err != nil {
@@ -202,16 +204,7 @@ func (f *Finder) findTag(key, value string) (*Location, error) {
 	var fits func(*Location) (bool, error)
 	switch key {
 	case "PARTUUID":
-		guid, err := uuid.Parse(value)
-		if err != nil && !isMBRPartUUID(value) {
-			return nil, fmt.Errorf("%w: %q is not a partition GUID", ErrBadName, value)
-		}
-		if err == nil {
-			value = guid.String() // braces and case do not matter
-		}
-		fits = func(l *Location) (bool, error) {
-			return l.Part != nil && strings.EqualFold(l.Part.PARTUUID(), value), nil
-		}
+		return f.findPartUUID(value)
 	case "PARTLABEL":
 		fits = func(l *Location) (bool, error) { return l.Part != nil && l.Part.Name == value, nil }
 	case "UUID", "LABEL":
@@ -222,26 +215,9 @@ func (f *Finder) findTag(key, value string) (*Location, error) {
 	if value == "" {
 		return nil, fmt.Errorf("%w: %s is empty", ErrBadName, key)
 	}
-	given, problems, closed, err := f.given()
-	if err != nil {
-		return nil, err
-	}
-	if len(closed) > 0 {
-		return nil, closed[0].Err // it was named
-	}
-	l, unread, err := f.pick(given, fits)
+	l, problems, err := f.pickGiven(fits)
 	if l != nil || err != nil {
 		return l, err
-	}
-	problems = append(problems, unread...)
-	if key == "PARTUUID" {
-		known, err := f.known(value)
-		if err != nil {
-			return nil, err
-		}
-		if l, _, err := f.pick(known, fits); l != nil || err != nil {
-			return l, err
-		}
 	}
 	machine, more, closed, err := f.machine()
 	if err != nil {
@@ -251,14 +227,32 @@ func (f *Finder) findTag(key, value string) (*Location, error) {
 	for _, u := range closed {
 		problems = append(problems, u.Err.Error())
 	}
-	if l, unread, err = f.pick(machine, fits); l != nil || err != nil {
+	l, unread, err := f.pick(machine, fits)
+	if l != nil || err != nil {
 		return l, err
 	}
-	problems = append(problems, unread...)
-	if len(problems) > 0 {
-		return nil, fmt.Errorf("%w; not everything could be searched: %s", ErrNotFound, strings.Join(problems, "; "))
+	return nil, notFound(append(problems, unread...))
+}
+
+// pickGiven looks in Among, where everything has to be readable because it was named.
+func (f *Finder) pickGiven(fits func(*Location) (bool, error)) (*Location, []string, error) {
+	given, problems, closed, err := f.given()
+	if err != nil {
+		return nil, nil, err
 	}
-	return nil, ErrNotFound
+	if len(closed) > 0 {
+		return nil, nil, closed[0].Err
+	}
+	l, unread, err := f.pick(given, fits)
+	return l, append(problems, unread...), err
+}
+
+// notFound is ErrNotFound with what may be the reason for it.
+func notFound(problems []string) error {
+	if len(problems) == 0 {
+		return ErrNotFound
+	}
+	return fmt.Errorf("%w; not everything could be searched: %s", ErrNotFound, strings.Join(problems, "; "))
 }
 
 // isMBRPartUUID says whether s is "12345678-01".
@@ -405,35 +399,15 @@ func (f *Finder) givenIn(path string) ([]*Location, []string, error) {
 	return []*Location{l}, nil, nil
 }
 
-// known returns the partitions that the kernel itself knows by the PARTUUID, so that no other disk has to be opened.
-func (f *Finder) known(partUUID string) ([]*Location, error) {
-	blocks, err := f.System.Blocks()
-	if err != nil {
-		return nil, err
-	}
-	var all []*Location
-	for _, b := range blocks {
-		if b.Disk == "" || !strings.EqualFold(b.PartUUID, partUUID) || isQuiet(b.Name) {
-			continue
-		}
-		if disk, err := f.System.Block(b.Disk); err != nil || len(disk.Holders) > 0 {
-			continue
-		}
-		id, err := blockdev.Identify(b.Node)
-		if err != nil {
-			continue
-		}
-		// A partition that cannot be looked at is left to the search of all disks, which reports why.
-		if l, err := f.partNode("PARTUUID="+partUUID, b.Node, b, id); err == nil {
-			all = append(all, l)
-		}
-	}
-	return all, nil
-}
-
 // isQuiet says whether a device is one of those that are not opened unless they are named.
 func isQuiet(name string) bool {
 	return slices.ContainsFunc(quiet, func(prefix string) bool { return strings.HasPrefix(name, prefix) })
+}
+
+// isSearched says whether a device is a whole disk that is looked into without being named.
+func isSearched(b blockdev.Block) bool {
+	// A disk with holders is a member of an array or a path of a multipath device, and shows what those show.
+	return b.Disk == "" && b.Size != 0 && !b.Hidden && len(b.Holders) == 0 && !isQuiet(b.Name)
 }
 
 // quiet are the first letters of the names of devices that are never opened unless they are named: their content is
@@ -448,8 +422,7 @@ func (f *Finder) machine() (all []*Location, problems []string, unread []Unread,
 		return nil, nil, nil, err
 	}
 	for _, b := range blocks {
-		// A disk with holders is a member of an array or a path of a multipath device, and shows what those show.
-		if b.Disk != "" || b.Size == 0 || b.Hidden || len(b.Holders) > 0 || isQuiet(b.Name) {
+		if !isSearched(b) {
 			continue
 		}
 		ls, more, err := f.volumesOf(b.Node)
@@ -507,11 +480,25 @@ func (f *Finder) List() (*Listing, error) {
 	return list, nil
 }
 
-// Sibling returns the partition of the given type on the same disk as l, the first one in the table as systemd-boot
+// Sibling returns another partition of the given type on the same disk as l, the first one in the table as systemd-boot
 // takes it: the XBOOTLDR that goes with an ESP, or the other way round. It returns ErrNotFound when there is none.
 func (f *Finder) Sibling(l *Location, typ uuid.UUID) (*Location, error) {
-	fail := func(err error) (*Location, error) {
-		return nil, fmt.Errorf("cannot find the other partition on the disk of %s: %w", l, err)
+	sibling, _, err := f.sameDisk(l, typ, func(n int) bool { return n != l.Part.Number })
+	return sibling, err
+}
+
+// OnSameDisk returns the partition of the given type on the disk of l: l itself if it is one, else the first one in the
+// table, as systemd-boot and the firmware take it. problems tells in words of others of that type, of which there should
+// be none (Boot Loader Specification, "The Partitions"). It returns ErrNotFound when there is none of the type.
+func (f *Finder) OnSameDisk(l *Location, typ uuid.UUID) (found *Location, problems []string, err error) {
+	return f.sameDisk(l, typ, func(n int) bool { return l.Part.Type != typ || n == l.Part.Number })
+}
+
+// sameDisk returns the first partition of a type on the disk of l whose number may be taken, and what is odd about others
+// of that type.
+func (f *Finder) sameDisk(l *Location, typ uuid.UUID, may func(number int) bool) (*Location, []string, error) {
+	fail := func(err error) (*Location, []string, error) {
+		return nil, nil, fmt.Errorf("cannot find the other partition on the disk of %s: %w", l, err)
 	}
 	if l.Part == nil {
 		return fail(ErrNotFound)
@@ -523,16 +510,23 @@ func (f *Finder) Sibling(l *Location, typ uuid.UUID) (*Location, error) {
 	if s.table == nil {
 		return fail(s.err)
 	}
-	for _, p := range s.table.OfType(typ) {
-		if p.Number == l.Part.Number {
-			continue
-		}
-		sibling, err := f.part(s, p)
-		if err != nil {
-			return fail(err)
-		}
-		sibling.Spec = sibling.String()
-		return sibling, nil
+	all := s.table.OfType(typ)
+	i := slices.IndexFunc(all, func(p *Partition) bool { return may(p.Number) })
+	if i < 0 {
+		return fail(ErrNotFound)
 	}
-	return fail(ErrNotFound)
+	found, err := f.part(s, all[i])
+	if err != nil {
+		return fail(err)
+	}
+	found.Spec = found.String()
+	if len(all) == 1 {
+		return found, nil, nil
+	}
+	numbers := make([]string, len(all))
+	for j, p := range all {
+		numbers[j] = strconv.Itoa(p.Number)
+	}
+	return found, []string{fmt.Sprintf("%s has %d partitions of type %s (%s), and %d is used",
+		l.Disk, len(all), all[i].TypeName(), strings.Join(numbers, ", "), all[i].Number)}, nil
 }
