@@ -57,6 +57,21 @@ type Target struct {
 	// PartGUID is the partition's GUID in lower case, "" for a volume without a partition table. It is part of what
 	// binds a journal to its volume.
 	PartGUID string
+
+	// Pair is the same for volumes that go together: the XBOOTLDR partition and the ESP of a disk. "": it goes alone.
+	Pair string
+	// Member is the partition GUID by which the replica set knows the volume, where that is not its own: of an XBOOTLDR
+	// partition the ESP's. Set is the set file that the volume itself goes by, where it does not hold it.
+	Member string
+	Set    *Set
+}
+
+// guid is how the replica set knows the target.
+func (t *Target) guid() string {
+	if t.Member != "" {
+		return t.Member
+	}
+	return t.PartGUID
 }
 
 // Selection says what is replicated. Paths are relative to the root of the volume, separated by slashes, matched
@@ -78,6 +93,8 @@ type Options struct {
 	Member     bool
 	SourceGUID string                                        // the source's partition GUID, lower case; "" when it has none
 	Save       func(ctx context.Context, state []byte) error // writes StatePath on the source
+	// Set is the replica set file to go by; nil: the one that the source holds, if it does.
+	Set *Set
 	// SourceTree is the volume of a source that is read through its mount point, scanned after a sync(2) of it and before
 	// the source was opened: what the fingerprint of the source is taken of. It may be nil.
 	SourceTree  *fatdriver.Tree

@@ -24,7 +24,8 @@ type matches map[*Item]string
 // compare finds out which selected files the targets have already, by content. Each source file is read once, in step
 // with all targets that have a file of the same name and size, and no further than the first difference with all of
 // them. Files that no target has under their name are then looked for under another one in the same selected directory.
-func (r *run) compare(ctx context.Context, live []*side) error {
+func (r *run) compare(ctx context.Context) error {
+	live := r.alive()
 	for _, s := range live {
 		s.skip = r.unread(s)
 	}

@@ -59,7 +59,11 @@ func (r *run) texts(guid string) map[string]string {
 
 // begun reads what the source knows of its replica set.
 func (r *run) begun() error {
-	set, err := readSet(r.src)
+	var err error
+	set := r.opt.Set
+	if set == nil {
+		set, err = readSet(r.src)
+	}
 	if err != nil {
 		return &Hint{refusal{fmt.Errorf("%w: %w", ErrSource, err)}, "mend " + SetPath + " on the primary"}
 	}
@@ -115,7 +119,7 @@ func (r *run) sourceTree() *fatdriver.Tree {
 
 // adapt works out what is different from target to target: words in loader entries, and directories that only an
 // earlier run selected.
-func (r *run) adapt(sides []*side) error {
+func (r *run) adapt() error {
 	from := r.texts(r.opt.SourceGUID)
 	var entries []*Item
 	if r.set != nil {
@@ -125,7 +129,7 @@ func (r *run) adapt(sides []*side) error {
 			}
 		}
 	}
-	for _, s := range sides {
+	for _, s := range r.alive() {
 		s.items, s.gone = map[*Item]*Item{}, nil
 		if st := s.state; st != nil && r.line != nil && len(r.opt.Selection.Select) == 0 && len(st.Named) == 0 {
 			for _, a := range st.Anchors {
@@ -134,13 +138,14 @@ func (r *run) adapt(sides []*side) error {
 				}
 			}
 		}
-		to := r.texts(s.t.PartGUID)
-		if r.set != nil && r.set.Has(s.t.PartGUID) {
-			if names := r.set.Incomplete(s.t.PartGUID); len(names) > 0 {
+		guid := s.t.guid()
+		to := r.texts(guid)
+		if r.set != nil && r.set.Has(guid) {
+			if names := r.set.Incomplete(guid); len(names) > 0 {
 				s.fail(&Hint{
 					refusal{fmt.Errorf("cannot sync %s: %s of %s has no text for %s of this member, so its loader entries would say what another member's say",
 						s.t.Name, SetPath, r.src.Name(), strings.Join(names, ", "))},
-					fmt.Sprintf("add a line `replace %s %s TEXT` there", names[0], s.t.PartGUID),
+					fmt.Sprintf("add a line `replace %s %s TEXT` there", names[0], guid),
 				})
 				continue
 			}
@@ -182,7 +187,8 @@ func (r *run) unread(s *side) bool {
 }
 
 // judge decides for each target whether the source may replace what it has, and which generation the run brings.
-func (r *run) judge(sides []*side) error {
+func (r *run) judge() error {
+	sides := r.alive()
 	if r.line == nil {
 		for _, s := range sides {
 			if err := r.judgeStranger(s); err != nil {
@@ -355,13 +361,15 @@ func (r *run) changedTarget(s *side, base *State) (bool, error) {
 		return false, err
 	}
 	src := s.source()
-	set, err := readSet(src)
-	if err != nil {
-		set = nil // then its words are compared as they are
+	set := s.t.Set
+	if set == nil {
+		if set, err = readSet(src); err != nil {
+			set = nil // then its words are compared as they are
+		}
 	}
 	var texts map[string]string
-	if set != nil && s.t.PartGUID != "" {
-		texts = set.Texts(s.t.PartGUID)
+	if guid := s.t.guid(); set != nil && guid != "" {
+		texts = set.Texts(guid)
 	}
 	known := map[string][32]byte{} // what was found equal to a file of the source need not be read again
 	for f, p := range s.match {
@@ -385,9 +393,9 @@ func (r *run) changedTarget(s *side, base *State) (bool, error) {
 
 // remember notes the generation on the source, before any target is told of it: so whatever a target claims to have,
 // the source knows too.
-func (r *run) remember(ctx context.Context, sides []*side) error {
+func (r *run) remember(ctx context.Context) error {
 	l := r.line
-	if l == nil || !l.save || len(sides) == 0 {
+	if l == nil || !l.save || len(r.alive()) == 0 {
 		return nil
 	}
 	if r.opt.Save == nil {

@@ -144,7 +144,7 @@ func Put(ctx context.Context, t *Target, files []File, o Options) (Result, error
 		sel.anchors = append(sel.anchors, f.Path)
 		sel.byName[fatdriver.Fold(f.Path)] = true // or what is each volume's own would be left out
 	}
-	r := &run{src: NewFileSource("memory", files), sel: sel, opt: o, log: o.Log, hashes: map[*Item][32]byte{}}
+	r := &run{src: NewFileSource("memory", files), sel: sel, opt: o, log: o.Log, hashes: map[*Item][32]byte{}, sides: []*side{s}}
 	if r.put(ctx, s); res.Err != nil {
 		res.Err = fmt.Errorf("cannot put %s: %w", listed(sel.anchors), res.Err)
 	}
@@ -158,7 +158,7 @@ func (r *run) put(ctx context.Context, s *side) {
 		s.fail(r.inTheWay(s))
 	}
 	if s.res.Err == nil {
-		s.fail(r.compare(ctx, []*side{s}))
+		s.fail(r.compare(ctx))
 	}
 	if s.res.Err == nil {
 		if err := r.makePlan(s); err != nil {

@@ -13,14 +13,16 @@ import (
 
 // run is one source going to some targets.
 type run struct {
-	src    Source
-	sel    *selection
-	opt    Options
-	log    *slog.Logger
-	hashes map[*Item][32]byte
-	named  []entry // what the loader entries that are replicated name
-	set    *Set    // the source's replica set file, nil when it has none
-	line   *line   // nil when the source is no member of a set
+	src     Source
+	sel     *selection
+	opt     Options
+	log     *slog.Logger
+	hashes  map[*Item][32]byte
+	named   []entry // what the loader entries that are replicated name
+	set     *Set    // the replica set file, nil when there is none
+	sides   []*side
+	results []Result // of the sides
+	line    *line    // nil when the source is no member of a set
 }
 
 // side is what a run knows of one target.
@@ -72,67 +74,136 @@ func (r *run) progress(p Progress) {
 // the error is for what stops the run for all of them: a source that cannot be read, an empty selection, a cancelled
 // context. A target that is as it should be is not written to at all.
 func Sync(ctx context.Context, src Source, targets []*Target, o Options) ([]Result, error) {
-	r, results, sides, err := begin(src, targets, o)
-	if err != nil {
+	results, err := SyncAll(ctx, []Job{{src, targets, o}})
+	if results == nil {
 		return nil, err
 	}
-	if err := r.saneSource(); err != nil {
-		return nil, err
+	return results[0], err
+}
+
+// Job is one source with the targets that it goes to.
+type Job struct {
+	Source  Source
+	Targets []*Target
+	Options Options
+}
+
+// SyncAll carries out several jobs that belong together: an XBOOTLDR partition and the ESP of the same disk. Nothing is
+// committed anywhere before all of them are planned; then they are carried out in their order. Targets with the same
+// Pair go together: one is not written to when another was refused or failed before. The results come by job and target;
+// they are nil when nothing was looked at.
+func SyncAll(ctx context.Context, jobs []Job) ([][]Result, error) {
+	var runs []*run
+	for _, j := range jobs {
+		r, err := begin(j.Source, j.Targets, j.Options)
+		if err == nil {
+			err = r.saneSource()
+		}
+		if err != nil {
+			return nil, err
+		}
+		runs = append(runs, r)
 	}
-	each(sides, r.open)
-	err = inOrder(
-		func() error { return r.adapt(alive(sides)) },
-		func() error { return r.compare(ctx, alive(sides)) },
-		func() error { return r.judge(alive(sides)) },
-	)
-	if err != nil {
-		return results, r.stop(sides, err)
+	results := make([][]Result, len(runs))
+	for i, r := range runs {
+		results[i] = r.results
 	}
-	each(sides, r.plan)
-	if o.DryRun {
-		return results, nil
+	stop := func(err error) ([][]Result, error) {
+		for _, r := range runs {
+			r.stop(err)
+		}
+		return results, err
 	}
-	each(sides, r.foretell)
-	if err := r.remember(ctx, alive(sides)); err != nil {
-		return results, r.stop(sides, err)
+	for _, r := range runs {
+		each(r.sides, r.open)
+		err := inOrder(
+			r.adapt,
+			func() error { return r.compare(ctx) },
+			r.judge,
+		)
+		if err != nil {
+			return stop(err)
+		}
+		each(r.sides, r.plan)
 	}
-	each(sides, r.prepare)
-	if err := r.build(ctx, sides); err != nil {
-		return results, r.stop(sides, err)
+	together(runs)
+	for _, r := range runs {
+		if r.opt.DryRun {
+			continue
+		}
+		each(r.sides, r.foretell)
+		if err := r.remember(ctx); err != nil {
+			return stop(err)
+		}
+		each(r.sides, r.prepare)
+		if err := r.build(ctx, r.sides); err != nil {
+			return stop(err)
+		}
+		together(runs)
 	}
 	return results, nil
 }
+
+// together fails the targets of which a partner has failed, where they are not done yet.
+func together(runs []*run) {
+	failed := map[string]*side{}
+	for _, r := range runs {
+		for _, s := range r.sides {
+			if s.t.Pair != "" && s.res.Err != nil && failed[s.t.Pair] == nil {
+				failed[s.t.Pair] = s
+			}
+		}
+	}
+	for _, r := range runs {
+		for _, s := range r.sides {
+			if p := failed[s.t.Pair]; p != nil && s.res.Err == nil && s.res.Outcome != Synced {
+				s.fail(&partnerError{s.t.Name, p.t.Name, p.res.Outcome == Refused})
+			}
+		}
+	}
+}
+
+// partnerError is why a volume was left alone: what belongs to it could not be brought to the same state.
+type partnerError struct {
+	name, partner string
+	refused       bool
+}
+
+func (e *partnerError) Error() string {
+	return fmt.Sprintf("cannot sync %s: it goes with %s, which was not synced", e.name, e.partner)
+}
+
+func (e *partnerError) Is(target error) bool { return target == ErrRefused && e.refused }
 
 // maxKeepFree is more than any FAT volume has, and so little that adding what a plan needs does not overflow.
 const maxKeepFree = 1 << 56
 
 // begin checks what was asked for and makes the sides.
-func begin(src Source, targets []*Target, o Options) (*run, []Result, []*side, error) {
+func begin(src Source, targets []*Target, o Options) (*run, error) {
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
 	}
 	sel, err := o.Selection.resolve(src)
 	if err != nil {
-		return nil, nil, nil, err
+		return nil, err
 	}
 	o.KeepFree = min(o.KeepFree, maxKeepFree)
 	r := &run{src: src, sel: sel, opt: o, log: o.Log, hashes: map[*Item][32]byte{}}
 	if err := r.begun(); err != nil {
-		return nil, nil, nil, err
+		return nil, err
 	}
 	if err := r.replicable(); err != nil {
-		return nil, nil, nil, err
+		return nil, err
 	}
 	if r.named, err = namedBy(src, func(p string) bool { return !sel.takes(p) }); err != nil {
-		return nil, nil, nil, err
+		return nil, err
 	}
-	results := make([]Result, len(targets))
-	var sides []*side
+	r.results = make([]Result, len(targets))
 	for i, t := range targets {
-		results[i] = Result{Target: t.Name}
-		sides = append(sides, &side{t: t, res: &results[i], match: matches{}})
+		r.results[i] = Result{Target: t.Name}
+		r.sides = append(r.sides, &side{t: t, res: &r.results[i], match: matches{}})
 	}
-	return r, results, sides, nil
+	return r, nil
 }
 
 // replicable finds what is selected and cannot be replicated, so that it is the source's fault and not each target's.
@@ -185,9 +256,9 @@ func each(sides []*side, f func(*side)) {
 }
 
 // alive lists the targets that have not failed.
-func alive(sides []*side) []*side {
+func (r *run) alive() []*side {
 	var out []*side
-	for _, s := range sides {
+	for _, s := range r.sides {
 		if s.res.Err == nil {
 			out = append(out, s)
 		}
@@ -196,13 +267,12 @@ func alive(sides []*side) []*side {
 }
 
 // stop ends the run for all targets that have not failed or finished.
-func (r *run) stop(sides []*side, err error) error {
-	for _, s := range sides {
-		if s.res.Outcome == "" {
+func (r *run) stop(err error) {
+	for _, s := range r.sides {
+		if s.res.Outcome == "" || s.plan != nil && s.res.Outcome == Differs && !r.opt.DryRun {
 			s.fail(err)
 		}
 	}
-	return err
 }
 
 // open is P0: recover first, then a strict walk.

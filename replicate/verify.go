@@ -12,22 +12,22 @@ import (
 // target that an interrupted run left behind is compared as readers see it, and reported with ErrNeedsRecovery when it
 // is otherwise the same.
 func Verify(ctx context.Context, src Source, targets []*Target, o Options) ([]Result, error) {
-	r, results, sides, err := begin(src, targets, o)
+	r, err := begin(src, targets, o)
 	if err != nil {
 		return nil, err
 	}
-	each(sides, func(s *side) {
+	each(r.sides, func(s *side) {
 		s.dev = blockdev.NewOverlay(s.t.Dev)
 		if err := r.look(s); err != nil {
 			s.fail(fmt.Errorf("cannot verify %s: %w", s.t.Name, err))
 		}
 	})
 	r.opt.Fingerprint = false // it reads everything
-	err = inOrder(func() error { return r.adapt(alive(sides)) }, func() error { return r.compare(ctx, alive(sides)) })
-	if err != nil {
-		return results, r.stop(sides, err)
+	if err := inOrder(r.adapt, func() error { return r.compare(ctx) }); err != nil {
+		r.stop(err)
+		return r.results, err
 	}
-	each(sides, func(s *side) {
+	each(r.sides, func(s *side) {
 		_, changes, err := r.wants(s, false)
 		if err != nil {
 			s.fail(fmt.Errorf("cannot verify %s: %w", s.t.Name, err))
@@ -54,7 +54,7 @@ func Verify(ctx context.Context, src Source, targets []*Target, o Options) ([]Re
 			s.fail(&Hint{err, fmt.Sprintf("run `espmirror recover %s`", s.t.Name)})
 		}
 	})
-	return results, nil
+	return r.results, nil
 }
 
 // look opens and walks a target for reading.
