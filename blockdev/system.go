@@ -352,6 +352,21 @@ func (s System) MountPoint(dev DevNum) (m Mount, ok bool, err error) {
 	return Mount{}, false, nil
 }
 
+// MountedAt returns what is mounted at a directory, whole and reachable; ok is false when it is no mount point of that
+// kind. The path is absolute and has no symbolic links in it.
+func (s System) MountedAt(path string) (m Mount, ok bool, err error) {
+	mounts, err := s.Mounts()
+	if err != nil {
+		return Mount{}, false, err
+	}
+	for _, m := range slices.Backward(mounts) { // the last one hides those before it
+		if m.Point == path {
+			return m, m.Root == "/", nil
+		}
+	}
+	return Mount{}, false, nil
+}
+
 // Holders says in words what uses the device or image: "mounted on /efi", "used as swap", "held by md0",
 // "held by dm-0 (cryptroot)", "attached to loop3". For a whole disk the users of its partitions are included. It sees
 // the mounts of its own namespace only: the proof that a device is free is that Open succeeds.

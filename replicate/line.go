@@ -33,8 +33,8 @@ type Lineage struct {
 	Last       time.Time // when the target's last run ended by the clock of then; zero when not known
 }
 
-// readSet reads the set file of a source or target; nil without an error when there is none.
-func readSet(src Source) (*Set, error) {
+// ReadSet reads the set file of a source or target; nil without an error when there is none.
+func ReadSet(src Source) (*Set, error) {
 	it := src.Root().lookup(SetPath)
 	if it == nil {
 		return nil, nil
@@ -62,7 +62,7 @@ func (r *run) begun() error {
 	var err error
 	set := r.opt.Set
 	if set == nil {
-		set, err = readSet(r.src)
+		set, err = ReadSet(r.src)
 	}
 	if err != nil {
 		return &Hint{refusal{fmt.Errorf("%w: %w", ErrSource, err)}, "mend " + SetPath + " on the primary"}
@@ -363,7 +363,7 @@ func (r *run) changedTarget(s *side, base *State) (bool, error) {
 	src := s.source()
 	set := s.t.Set
 	if set == nil {
-		if set, err = readSet(src); err != nil {
+		if set, err = ReadSet(src); err != nil {
 			set = nil // then its words are compared as they are
 		}
 	}

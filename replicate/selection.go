@@ -146,6 +146,13 @@ func (s Selection) resolve(src Source) (*selection, error) {
 	return sel, nil
 }
 
+// Check returns ErrEmptySelection when nothing is selected on the source, and ErrSelection when the selection cannot be
+// meant.
+func (s Selection) Check(src Source) error {
+	_, err := s.resolve(src)
+	return err
+}
+
 // covers says whether p is an anchor, or lies inside one.
 func (s *selection) covers(p string) bool {
 	k := fatdriver.Fold(p)

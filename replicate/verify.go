@@ -57,6 +57,18 @@ func Verify(ctx context.Context, src Source, targets []*Target, o Options) ([]Re
 	return r.results, nil
 }
 
+// VerifyAll verifies several jobs one after the other.
+func VerifyAll(ctx context.Context, jobs []Job) ([][]Result, error) {
+	var all [][]Result
+	for _, j := range jobs {
+		rs, err := Verify(ctx, j.Source, j.Targets, j.Options)
+		if all = append(all, rs); err != nil {
+			return all, err
+		}
+	}
+	return all, nil
+}
+
 // look opens and walks a target for reading.
 func (r *run) look(s *side) error {
 	if err := s.dev.Invalidate(); err != nil {

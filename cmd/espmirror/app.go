@@ -43,7 +43,7 @@ type engine struct {
 func newApp(stdin io.Reader, stdout, stderr io.Writer) *app {
 	return &app{
 		stdin: stdin, stdout: stdout, stderr: stderr, terminalWidth: terminalWidth,
-		engine: engine{replicate.Sync, replicate.Verify, replicate.Recover, replicate.Pending},
+		engine: engine{replicate.SyncAll, replicate.VerifyAll, replicate.Recover, replicate.Pending},
 	}
 }
 

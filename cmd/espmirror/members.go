@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
+	"path/filepath"
 	"strings"
 	"syscall"
 	"time"
@@ -32,6 +34,13 @@ type members struct {
 	targets []*member
 	locks   *blockdev.DiskLocks
 	dry     bool // nothing is written: what recovery would do has not been done
+
+	src     replicate.Source // the primary, once it is open
+	set     *replicate.Set   // the primary's replica set file, nil when it has none
+	bySet   bool             // the targets are those of the set, not of the command line
+	scanned *fatdriver.Tree  // the volume of a primary that is read through its mount point
+	boot    *members         // the XBOOTLDR partitions on the same disks, nil when the primary's disk has none
+	esp     *members         // of XBOOTLDR partitions, the ESPs that they belong to
 }
 
 // member is one volume of the set.
@@ -44,6 +53,17 @@ type member struct {
 	serial string
 	err    error // why a target takes no part, or could not be closed
 	place  int   // of its result among the results, from 1; 0 when it took no part
+
+	esp *member        // of an XBOOTLDR partition: the ESP of its disk
+	set *replicate.Set // the set file that is on the target; nil when there is none
+}
+
+// guid is the partition GUID, "" when there is none.
+func (t *member) guid() string {
+	if t.loc == nil || t.loc.Part == nil {
+		return ""
+	}
+	return t.loc.Part.PARTUUID()
 }
 
 // once is the value of an option that must not be given twice, where the last one would win without a word.
@@ -70,8 +90,8 @@ func (o *once) Get() any { return o.value }
 
 func setFlags() []cli.Flag {
 	return []cli.Flag{
-		&cli.GenericFlag{Name: "primary", Value: &once{}, Usage: "replicate from this `VOLUME` or directory (default: $SYSTEMD_ESP_PATH)"},
-		&cli.StringSliceFlag{Name: "target", Usage: "replicate to this `VOLUME`; repeat for more"},
+		&cli.GenericFlag{Name: "primary", Value: &once{}, Usage: "replicate from this `VOLUME` or directory (default: $SYSTEMD_ESP_PATH, else the ESP that was booted)"},
+		&cli.StringSliceFlag{Name: "target", Usage: "replicate to this `VOLUME`; repeat for more (default: the other members of the replica set)"},
 	}
 }
 
@@ -86,51 +106,61 @@ func (inv *invocation) selection() replicate.Selection {
 	return replicate.Selection{Select: inv.list("select"), Exclude: inv.list("exclude")}
 }
 
-// primaryName is --primary, or what bootctl would take for the ESP.
-func (inv *invocation) primaryName() string {
+// primaryName is --primary, or what bootctl would take for the ESP: SYSTEMD_ESP_PATH, or the partition that the machine
+// was started from. The error says why none is known.
+func (inv *invocation) primaryName() (string, error) {
 	if name := inv.text("primary"); name != "" {
-		return name
+		return name, nil
 	}
-	return os.Getenv("SYSTEMD_ESP_PATH")
+	if name := os.Getenv("SYSTEMD_ESP_PATH"); name != "" {
+		return name, nil
+	}
+	boot, err := gpt.Booted(inv.system)
+	if err != nil {
+		return "", err
+	}
+	for _, p := range boot.Problems {
+		inv.log.Warn(p)
+	}
+	inv.log.Debug("the primary is what was booted", "PARTUUID", boot.PartUUID, "variable", boot.Via)
+	return "PARTUUID=" + boot.PartUUID, nil
 }
 
 // newMembers finds the volumes that the command line names. An error stops the whole run; nothing is open then.
 func (inv *invocation) newMembers(verb string) (*members, error) {
-	m := &members{inv: inv, verb: verb, primary: &member{name: inv.primaryName()}}
-	if m.primary.name == "" {
-		return nil, &usageError{"no primary was given", "name it with --primary, or in SYSTEMD_ESP_PATH"}
+	name, err := inv.primaryName()
+	if err != nil {
+		return nil, &usageError{"no primary was given: " + err.Error(), "name it with --primary, or in SYSTEMD_ESP_PATH"}
 	}
+	m := &members{inv: inv, verb: verb, primary: &member{name: name}}
+	var names []string
 	for _, name := range inv.list("target") {
+		if isDir(name) {
+			return nil, refusef("cannot %s %s: it is a directory, and a target is a device or an image", verb, name)
+		}
 		m.targets = append(m.targets, &member{name: name})
+		names = append(names, name)
 	}
-	if len(m.targets) == 0 {
-		return nil, &usageError{"no target was given", "name each with --target"}
+	m.dry = inv.flag("dry-run") || verb != "sync"
+	err = m.find(existing(names))
+	if err == nil {
+		err = m.findPairs()
 	}
-	if err := m.find(); err != nil {
+	if err != nil {
+		m.close()
 		return nil, err
 	}
 	return m, nil
 }
 
-func (m *members) find() error {
-	var names []string
-	for _, t := range m.targets {
-		if isDir(t.name) {
-			return refusef("cannot %s %s: it is a directory, and a target is a device or an image", m.verb, t.name)
-		}
-		names = append(names, t.name)
+// find finds the primary and the targets. among are volumes to look in for names such as PARTUUID=….
+func (m *members) find(among []string) error {
+	if err := m.findPrimary(among); err != nil {
+		return fmt.Errorf("cannot use primary %s: %w", m.primary.name, err)
 	}
-	among := existing(names)
-	p := m.primary
-	if isDir(p.name) {
-		p.dir = p.name
-	} else {
-		var err error
-		if p.loc, err = m.inv.findTarget(p.name, among); err != nil {
-			if gone := (missing{}); errors.As(err, &gone) {
-				err = gone.error // it is the run that fails, not one of several
-			}
-			return fmt.Errorf("cannot use primary %s: %w", p.name, err)
+	if len(m.targets) == 0 {
+		if err := m.findSet(); err != nil {
+			return err
 		}
 	}
 	for _, t := range m.targets {
@@ -139,9 +169,220 @@ func (m *members) find() error {
 			t.err = fmt.Errorf("cannot %s %s: %w", m.verb, t.name, err)
 			continue
 		}
-		t.loc = loc
+		if t.loc = loc; m.bySet {
+			t.name = loc.String()
+		}
 	}
 	return m.sameTwice()
+}
+
+func (m *members) findPrimary(among []string) error {
+	p := m.primary
+	if isDir(p.name) {
+		p.dir = p.name
+		// A mount point stands for the volume that is mounted there, which may be a member of a set.
+		path, err := filepath.EvalSymlinks(p.dir)
+		if err == nil {
+			path, err = filepath.Abs(path)
+		}
+		if err != nil {
+			return err
+		}
+		mount, ok, err := m.inv.system.MountedAt(path)
+		if err != nil || !ok {
+			return err
+		}
+		b, err := m.inv.system.BlockByNum(mount.Dev)
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		if p.loc, err = m.inv.finder().Find(b.Node); err != nil {
+			m.inv.log.Debug("what is mounted there cannot be used by itself", "directory", p.dir, "err", err)
+			p.loc = nil
+		}
+		return nil
+	}
+	var err error
+	if p.loc, err = m.inv.findTarget(p.name, among); err != nil {
+		if gone := (missing{}); errors.As(err, &gone) {
+			err = gone.error // it is the run that fails, not one of several
+		}
+		return err
+	}
+	if m.inv.text("primary") == "" && p.loc.Part != nil && p.loc.Part.Type == gpt.TypeXBOOTLDR {
+		// A boot loader that was started from there names it; the ESP beside it is what the set is about.
+		loc, problems, err := m.inv.finder().OnSameDisk(p.loc, gpt.TypeESP)
+		if err != nil {
+			return err
+		}
+		for _, text := range problems {
+			m.inv.log.Warn(text)
+		}
+		p.loc = loc
+	}
+	if strings.HasPrefix(p.name, "PARTUUID=") && m.inv.text("primary") == "" {
+		p.name = p.loc.String()
+	}
+	return nil
+}
+
+// findSet takes the other members of the replica set for targets.
+func (m *members) findSet() error {
+	if _, err := m.source(); err != nil {
+		return err
+	}
+	p := m.primary
+	if m.set == nil {
+		return &usageError{"no target was given, and " + p.name + " has no " + replicate.SetPath,
+			"name each target with --target, or make a replica set with `espmirror add`"}
+	}
+	if !m.isMember() {
+		return withHint(refusef("cannot %s: primary %s is not in its own replica set, %s", m.verb, p.name, replicate.SetPath),
+			"add it with `espmirror add`, or name the targets with --target")
+	}
+	m.bySet = true
+	for _, guid := range m.set.Members() {
+		if guid != p.guid() {
+			m.targets = append(m.targets, &member{name: "PARTUUID=" + guid})
+		}
+	}
+	if len(m.targets) == 0 {
+		m.inv.log.Info("the replica set has no other member", "primary", p.name)
+	}
+	return m.wait()
+}
+
+// wait gives disks that are late the time that --timeout or the set allows.
+func (m *members) wait() error {
+	limit, _ := m.set.Timeout()
+	if v := m.inv.text("timeout"); v != "" {
+		var err error
+		if limit, err = parseTimeout(v); err != nil {
+			return usagef("--timeout: %v", err)
+		}
+	}
+	var guids []string
+	for _, t := range m.targets {
+		guids = append(guids, strings.TrimPrefix(t.name, "PARTUUID="))
+	}
+	if limit <= 0 || len(guids) == 0 {
+		return nil
+	}
+	_, err := gpt.Wait(m.inv.ctx, m.inv.system, guids, limit)
+	if err != nil && m.inv.ctx.Err() == nil {
+		m.inv.log.Warn("cannot wait for disks", "err", err)
+		return nil
+	}
+	return err
+}
+
+// isMember says whether the primary is in its own replica set.
+func (m *members) isMember() bool {
+	if m.esp != nil {
+		return m.esp.isMember()
+	}
+	return m.set != nil && m.primary.guid() != "" && m.set.Has(m.primary.guid())
+}
+
+// findPairs finds the XBOOTLDR partitions: a boot loader takes the one on its own disk, so that of the primary's disk goes
+// to those on the targets' disks.
+func (m *members) findPairs() error {
+	p := m.primary
+	if p.loc == nil || p.loc.Part == nil || p.loc.Part.Type != gpt.TypeESP || m.verb == "random-seed" {
+		return nil
+	}
+	find := func(loc *gpt.Location) (*gpt.Location, error) {
+		boot, problems, err := m.inv.finder().OnSameDisk(loc, gpt.TypeXBOOTLDR)
+		for _, text := range problems {
+			m.inv.log.Warn(text)
+		}
+		if errors.Is(err, gpt.ErrNotFound) {
+			return nil, nil
+		}
+		return boot, err
+	}
+	loc, err := find(p.loc)
+	if err != nil || loc == nil {
+		return err
+	}
+	b := &members{inv: m.inv, verb: m.verb, dry: m.dry, esp: m, primary: &member{name: loc.String(), loc: loc, esp: p}}
+	for _, t := range m.targets {
+		if t.loc == nil {
+			continue // its ESP says why
+		}
+		x := &member{name: t.loc.Disk + " (XBOOTLDR)", esp: t}
+		if x.loc, err = find(t.loc); err != nil {
+			x.err = fmt.Errorf("cannot %s the XBOOTLDR partition beside %s: %w", m.verb, t.name, err)
+		} else if x.loc == nil {
+			x.err = withHint(missing{fmt.Errorf("cannot %s an XBOOTLDR partition beside %s: there is none on its disk, and %s has one", m.verb, t.name, p.name)},
+				"make one there; boot entries of the primary's are missing when that disk is booted")
+		} else {
+			x.name = x.loc.String()
+		}
+		b.targets = append(b.targets, x)
+	}
+	if err := b.sameTwice(); err != nil {
+		return err
+	}
+	m.boot = b
+	return nil
+}
+
+// volumes are the sets of volumes of a run in the order in which they are written: what entries refer to first.
+func (m *members) volumes() []*members {
+	if m.boot != nil {
+		return []*members{m.boot, m}
+	}
+	return []*members{m}
+}
+
+// sources opens the primary, and the XBOOTLDR partition beside it if there is something on it to replicate.
+func (m *members) sources() error {
+	src, err := m.source()
+	if err != nil || m.boot == nil {
+		return err
+	}
+	if src, err = m.boot.source(); err != nil {
+		return err
+	}
+	o := m.boot.options(replicate.Options{Selection: m.inv.selection()})
+	if err := o.Selection.Check(src); errors.Is(err, replicate.ErrEmptySelection) {
+		m.inv.log.Info("there is nothing to replicate on the XBOOTLDR partition", "primary", m.boot.primary.name)
+		m.boot.close()
+		m.boot = nil
+	}
+	return nil
+}
+
+// run opens the targets that have passed the guards, and hands everything to package replicate. The results are those of
+// the volumes in their order; they are nil when nothing was looked at.
+func (m *members) run(mode blockdev.Mode, o replicate.Options, run engineRun) ([][]replicate.Result, error) {
+	bar := m.inv.startProgress()
+	defer bar.stop()
+	o.Progress = bar.callback()
+	var jobs []replicate.Job
+	var at []int
+	results := make([][]replicate.Result, len(m.volumes()))
+	for i, x := range m.volumes() {
+		if targets := x.openTargets(mode); len(targets) > 0 {
+			jobs = append(jobs, replicate.Job{Source: x.src, Targets: targets, Options: x.options(o)})
+			at = append(at, i)
+		}
+	}
+	if len(jobs) == 0 {
+		return results, nil
+	}
+	rs, err := run(m.inv.ctx, jobs)
+	if rs == nil {
+		return nil, err
+	}
+	for i, r := range rs {
+		results[at[i]] = r
+	}
+	return results, err
 }
 
 // sameTwice refuses a volume that is named twice, by whatever names. This comes before anything else, because it shows
@@ -191,6 +432,9 @@ func (m *members) isPrimary(t *member) (bool, error) {
 // source opens the primary. When the device is mounted, the mount point is read: file data of a mounted FAT is not in
 // the device's page cache, so the device could show the content of yesterday.
 func (m *members) source() (replicate.Source, error) {
+	if m.src != nil {
+		return m.src, nil
+	}
 	p := m.primary
 	fail := func(err error) (replicate.Source, error) {
 		return nil, fmt.Errorf("cannot use primary %s: %w", p.name, err)
@@ -209,24 +453,150 @@ func (m *members) source() (replicate.Source, error) {
 			if err != nil {
 				return fail(err)
 			}
-			if ok {
+			if ok && p.dir == "" {
 				p.dir = mount.Point
 				m.inv.log.Info("the primary is mounted, so its mount point is the source", "primary", p.name, "directory", p.dir)
 			}
 		}
-	}
-	if p.dir != "" {
-		src, err := replicate.OpenDirSource(p.dir)
-		if err != nil {
-			return fail(err)
+		if p.dir == "" {
+			if err := m.recoverPrimary(); err != nil {
+				return fail(err)
+			}
 		}
-		return src, nil
 	}
-	src, err := replicate.OpenVolumeSource(p.name, p.vol.fat)
+	src, err := m.open()
 	if err != nil {
 		return fail(refuseContent(err))
 	}
+	if m.src = src; m.esp == nil {
+		if m.set, err = replicate.ReadSet(src); err != nil {
+			return fail(refusal{err})
+		}
+		if m.set != nil {
+			for _, text := range m.set.Warnings() {
+				m.inv.log.Warn(text, "primary", p.name)
+			}
+		}
+	}
 	return src, nil
+}
+
+// open opens the source.
+func (m *members) open() (replicate.Source, error) {
+	p := m.primary
+	if p.dir == "" {
+		return replicate.OpenVolumeSource(p.name, p.vol.fat)
+	}
+	if p.vol != nil {
+		// What the volume's directories say goes into the fingerprint: it must be no newer than what is read afterwards.
+		err := syncDir(p.dir)
+		if err == nil {
+			m.scanned, err = p.vol.fat.Scan()
+		}
+		if err == nil {
+			err = m.scanned.Damage()
+		}
+		if err != nil {
+			m.inv.log.Debug("no fingerprint of the primary", "err", err)
+			m.scanned = nil
+		}
+	}
+	return replicate.OpenDirSource(p.dir)
+}
+
+// syncDir makes the filesystem of a directory write what it holds back.
+func syncDir(dir string) error {
+	f, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	return unix.Syncfs(int(f.Fd()))
+}
+
+// recoverPrimary finishes what an interrupted run left on a primary that was a target then.
+func (m *members) recoverPrimary() error {
+	p := m.primary
+	pending, err := m.inv.engine.pending(p.vol.target())
+	if err != nil || !pending {
+		return nil // a damaged volume is refused when it is opened as a source
+	}
+	if m.dry {
+		if m.verb == "compare" || m.verb == "verify" {
+			return nil // what readers see now is what counts
+		}
+		return recoverHint(replicate.ErrNeedsRecovery, p.name)
+	}
+	_ = p.vol.Close()
+	p.vol = nil
+	err = m.withPrimary(func(t *replicate.Target) error {
+		_, err := m.inv.engine.recover(m.inv.ctx, t, replicate.RecoverOptions{Options: replicate.Options{Log: m.inv.engineLog(false)}})
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	p.vol, err = m.inv.openLocation(p.name, p.loc)
+	return err
+}
+
+// withPrimary opens a primary that is not mounted for writing.
+func (m *members) withPrimary(f func(*replicate.Target) error) error {
+	p := m.primary
+	open, err := p.loc.Open(blockdev.ReadWrite)
+	if err != nil {
+		return err
+	}
+	err = f(newTarget(p.name, p.loc, open))
+	if cerr := open.Close(); err == nil {
+		err = cerr
+	}
+	return err
+}
+
+// save writes the state of the replica set on the primary, through the mount point when it is mounted.
+func (m *members) save(ctx context.Context, state []byte) error {
+	return m.put(ctx, replicate.File{Path: replicate.StatePath, Content: state})
+}
+
+// put writes a file that is the primary's own.
+func (m *members) put(ctx context.Context, f replicate.File) error {
+	now := time.Now()
+	f.Meta = fatdriver.Meta{Attr: fatdriver.AttrArchive, Created: now, Modified: now, Accessed: now}
+	if m.primary.dir != "" {
+		return replicate.PutDir(m.primary.dir, []replicate.File{f})
+	}
+	return m.withPrimary(func(t *replicate.Target) error {
+		_, err := replicate.Put(ctx, t, []replicate.File{f}, replicate.Options{Log: m.inv.engineLog(false)})
+		return err
+	})
+}
+
+// options completes what package replicate has to know of the set.
+func (m *members) options(o replicate.Options) replicate.Options {
+	set := m.set
+	if m.esp != nil {
+		set = m.esp.set
+		o.Set = set
+	}
+	o.SourceGUID = m.primary.guid()
+	if m.esp != nil {
+		o.SourceGUID = m.esp.primary.guid()
+	}
+	o.SourceTree = m.scanned
+	if o.Member = m.isMember(); o.Member {
+		o.Save = m.save
+	}
+	if set == nil {
+		return o
+	}
+	if len(o.Selection.Select) == 0 && len(o.Selection.Exclude) == 0 {
+		o.Selection = set.Selection()
+	}
+	if n, ok := set.KeepFree(); ok && o.KeepFree == 0 {
+		o.KeepFree = n
+	}
+	return o
 }
 
 // refuseContent turns "this is no FAT volume that can be written" into a guard's answer.
@@ -269,6 +639,14 @@ func (m *members) inspectOne(t *member) error {
 		return refuseContent(err)
 	}
 	t.vol, t.serial = vol, vol.fat.UUID()
+	if m.boot != nil {
+		// Its XBOOTLDR partition goes by the set file that is here. What is wrong with the volume shows later.
+		if src, err := replicate.OpenVolumeSource(t.name, vol.fat); err == nil {
+			if t.set, err = replicate.ReadSet(src); err != nil {
+				m.inv.log.Warn("the target's replica set file cannot be read", "target", t.name, "err", err)
+			}
+		}
+	}
 	return checkMD(vol.open)
 }
 
@@ -315,9 +693,14 @@ func sharedIdentity(a, b *member) string {
 // before the first write and dropped after the last device is closed.
 func (m *members) lock() error {
 	var ids []blockdev.ID
-	for _, t := range m.targets {
-		if t.err == nil {
-			ids = append(ids, t.loc.ID())
+	for m := m; m != nil; m = m.boot {
+		for _, t := range m.targets {
+			if t.err == nil {
+				ids = append(ids, t.loc.ID())
+			}
+		}
+		if m.isMember() && m.primary.dir == "" && m.primary.loc != nil {
+			ids = append(ids, m.primary.loc.ID()) // the generation is noted there
 		}
 	}
 	locks, err := m.inv.system.LockDisks(m.inv.ctx, lockWait, ids...)
@@ -348,7 +731,11 @@ func (m *members) openTargets(mode blockdev.Mode) []*replicate.Target {
 		} else {
 			t.open, t.vol = t.vol.open, nil
 		}
-		ts = append(ts, newTarget(t.name, t.loc, t.open))
+		rt := newTarget(t.name, t.loc, t.open)
+		if rt.Pair = t.loc.Disk; t.esp != nil {
+			rt.Pair, rt.Member, rt.Set = t.esp.loc.Disk, t.esp.guid(), t.esp.set
+		}
+		ts = append(ts, rt)
 		t.place = len(ts)
 	}
 	return ts
@@ -356,6 +743,13 @@ func (m *members) openTargets(mode blockdev.Mode) []*replicate.Target {
 
 // close closes everything. An error of closing what was written is reported: the last bytes may not have arrived.
 func (m *members) close() {
+	if m.boot != nil {
+		m.boot.close()
+	}
+	if m.src != nil {
+		_ = m.src.Close()
+		m.src = nil
+	}
 	for _, t := range append([]*member{m.primary}, m.targets...) {
 		if t.vol != nil {
 			_ = t.vol.Close()
@@ -404,7 +798,22 @@ func (o *outcome) state() string {
 
 // outcomes joins the results with the targets that never got that far, in the order of the command line. runErr is what
 // stopped the run for all of them, nil when nothing did.
-func (m *members) outcomes(results []replicate.Result, runErr error) []*outcome {
+func (m *members) outcomes(results [][]replicate.Result, runErr error) []*outcome {
+	var all []*outcome
+	volumes := m.volumes()
+	for i := range volumes {
+		// The ESPs come first: they are what the command line is about.
+		at := len(volumes) - 1 - i
+		var rs []replicate.Result
+		if at < len(results) {
+			rs = results[at]
+		}
+		all = append(all, volumes[at].outcomesOf(rs, runErr)...)
+	}
+	return all
+}
+
+func (m *members) outcomesOf(results []replicate.Result, runErr error) []*outcome {
 	var all []*outcome
 	for _, t := range m.targets {
 		o := &outcome{member: t, err: t.err}

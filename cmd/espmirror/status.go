@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"os"
 	"strings"
 
 	"github.com/urfave/cli/v2"
@@ -27,7 +28,10 @@ func (inv *invocation) statusCommand() *cli.Command {
 
 func (inv *invocation) status() (report, error) {
 	rep := &statusReport{Volumes: []statusVolume{}}
-	primary, targets := inv.primaryName(), inv.list("target")
+	primary, targets := inv.text("primary"), inv.list("target")
+	if primary == "" {
+		primary = os.Getenv("SYSTEMD_ESP_PATH")
+	}
 	if primary != "" && len(targets) > 0 {
 		return inv.statusOfSet(rep)
 	}
@@ -141,12 +145,8 @@ func (inv *invocation) statusOfSet(rep *statusReport) (report, error) {
 	if err != nil {
 		return nil, err
 	}
-	m.dry = true
 	defer m.close()
-	src, srcErr := m.source()
-	if srcErr == nil {
-		defer src.Close()
-	}
+	srcErr := m.sources()
 	p := &statusVolume{Role: "primary", Name: m.primary.name, Directory: m.primary.dir, State: "ok"}
 	if m.primary.vol != nil {
 		s, err := inv.examine("primary", m.primary.vol)
@@ -163,29 +163,27 @@ func (inv *invocation) statusOfSet(rep *statusReport) (report, error) {
 	}
 	rep.Volumes = append(rep.Volumes, *p)
 
-	m.inspect()
 	states := map[*member]*statusVolume{}
-	for _, t := range m.targets {
-		s := &statusVolume{Role: "target", Name: t.name}
-		if t.loc != nil {
-			s.identity = identityOf(t.loc)
-		}
-		if t.vol != nil {
-			var err error
-			if s, err = inv.examine("target", t.vol); err != nil && t.err == nil {
-				t.err = err
+	for _, x := range m.volumes() {
+		x.inspect()
+		for _, t := range x.targets {
+			s := &statusVolume{Role: "target", Name: t.name}
+			if t.loc != nil {
+				s.identity = identityOf(t.loc)
 			}
+			if t.vol != nil {
+				var err error
+				if s, err = inv.examine("target", t.vol); err != nil && t.err == nil {
+					t.err = err
+				}
+			}
+			states[t] = s
 		}
-		states[t] = s
 	}
-	var results []replicate.Result
+	var results [][]replicate.Result
 	if srcErr == nil {
-		if targets := m.openTargets(blockdev.ReadOnly); len(targets) > 0 {
-			bar := inv.startProgress()
-			o := replicate.Options{Selection: inv.selection(), DryRun: true, Log: inv.engineLog(true), Progress: bar.callback()}
-			results, srcErr = inv.engine.sync(inv.ctx, src, targets, o)
-			bar.stop()
-		}
+		o := replicate.Options{Selection: inv.selection(), DryRun: true, Log: inv.engineLog(true)}
+		results, srcErr = m.run(blockdev.ReadOnly, o, inv.engine.sync)
 	}
 	outcomes := m.outcomes(results, srcErr)
 	for _, o := range outcomes {

@@ -23,6 +23,9 @@ func (inv *invocation) syncCommand() *cli.Command {
 		Flags: append(append(setFlags(), selectFlags()...),
 			&cli.BoolFlag{Name: "dry-run", Aliases: []string{"n"}, Usage: "print what would be done, and write nothing", DisableDefaultText: true},
 			&cli.GenericFlag{Name: "keep-free", Value: &once{}, Usage: "refuse a target that would have less than `SIZE` free at the peak (64M, 1G)"},
+			&cli.StringFlag{Name: "compare", Value: "content", Usage: "how to find what changed: by `content`, or by fingerprint, which reads no file where nothing has changed"},
+			&cli.BoolFlag{Name: "force", Usage: "let the primary win where a target is newer or has gone its own way", DisableDefaultText: true},
+			timeoutFlag(),
 			&cli.StringFlag{Name: "read-back", Value: "yes", Usage: "compare what was written with the medium before the commit: `yes|no`"},
 			noProgressFlag()),
 		Action: inv.action(0, 0, "name the volumes with --primary and --target", inv.sync),
@@ -45,23 +48,30 @@ func (inv *invocation) sync() (report, error) {
 	default:
 		return nil, usagef("--read-back=%s is not yes or no", v)
 	}
+	switch v := inv.text("compare"); v {
+	case "content":
+	case "fingerprint":
+		o.Fingerprint = true
+	default:
+		return nil, usagef("--compare=%s is not content or fingerprint", v)
+	}
+	o.Force = inv.flag("force")
 	m, err := inv.newMembers("sync")
 	if err != nil {
 		return nil, err
 	}
-	m.dry = dryRun
 	return inv.replicate(m, o, inv.engine.sync, !o.DryRun)
 }
 
 // replicate carries out what sync and verify have in common: guards, locks, the run, and the report.
 func (inv *invocation) replicate(m *members, o replicate.Options, run engineRun, write bool) (report, error) {
 	defer m.close()
-	src, err := m.source()
-	if err != nil {
+	if err := m.sources(); err != nil {
 		return nil, err
 	}
-	defer src.Close()
-	m.inspect()
+	for _, x := range m.volumes() {
+		x.inspect()
+	}
 	mode := blockdev.ReadOnly
 	if write {
 		mode = blockdev.ReadWrite
@@ -69,19 +79,14 @@ func (inv *invocation) replicate(m *members, o replicate.Options, run engineRun,
 			return nil, err
 		}
 	}
-	var results []replicate.Result
-	if targets := m.openTargets(mode); len(targets) > 0 {
-		bar := inv.startProgress()
-		o.Progress = bar.callback()
-		results, err = run(inv.ctx, src, targets, o)
-		bar.stop()
-	}
-	if err != nil && len(results) == 0 {
+	source := m.src.Name()
+	results, err := m.run(mode, o, run)
+	if err != nil && results == nil {
 		return nil, err
 	}
 	m.close() // what fails in closing a target belongs to its outcome
 	outcomes := m.outcomes(results, err)
-	rep := newRunReport(m, src.Name(), o, outcomes)
+	rep := newRunReport(m, source, o, outcomes)
 	rep.quiet, rep.verbose = inv.quiet, inv.verbose
 	if err != nil {
 		return rep, err

@@ -8,14 +8,14 @@ import (
 	"espmirror/replicate"
 )
 
-// engineRun is replicate.Sync or replicate.Verify.
-type engineRun = func(context.Context, replicate.Source, []*replicate.Target, replicate.Options) ([]replicate.Result, error)
+// engineRun is replicate.SyncAll or replicate.VerifyAll.
+type engineRun = func(context.Context, []replicate.Job) ([][]replicate.Result, error)
 
 func (inv *invocation) verifyCommand() *cli.Command {
 	return &cli.Command{
 		Name:        "verify",
 		Usage:       "read every selected byte of primary and targets, and tell the differences",
-		UsageText:   "espmirror verify [OPTIONS] --primary VOLUME --target VOLUME [--target VOLUME]...",
+		UsageText:   "espmirror verify [OPTIONS] [--primary VOLUME] [--target VOLUME]...",
 		Description: "Nothing is written.",
 		Flags:       append(append(setFlags(), selectFlags()...), noProgressFlag()),
 		Action:      inv.action(0, 0, "name the volumes with --primary and --target", inv.verify),
