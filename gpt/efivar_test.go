@@ -279,6 +279,27 @@ func TestLoadOptionLayout(t *testing.T) {
 	}
 }
 
+// ovmfOption is Boot0004 as OVMF 2022.11 wrote it into its variable store, after `bcfg boot add 0 fs0:\EFI\X.EFI
+// "espmirror …"` in its shell, on a disk with the ESP as partition 3: PciRoot(0x0)/Pci(0x2,0x0)/HD(3,GPT,
+// 6F0C5C7E-1234-4ABC-8DEF-0123456789AB,0x800,0x18000)/\EFI\X.EFI.
+const ovmfOption = "" +
+	"010000005a006500730070006d006900720072006f0072002000c300bc00000002010c00d041030a00000000010106000002" +
+	"04012a0003000000000800000000000000800100000000007e5c0c6f3412bc4a8def0123456789ab020204041a005c004500" +
+	"460049005c0058002e0045004600490000007fff0400"
+
+// TestOVMFOption reads bytes that firmware wrote.
+func TestOVMFOption(t *testing.T) {
+	b, err := hex.DecodeString(ovmfOption)
+	if err != nil {
+		t.Fatal(err)
+	}
+	o, err := ParseLoadOption(b)
+	if err != nil || o.Attributes != 1 || !strings.HasPrefix(o.Description, "espmirror ") ||
+		*o.Partition != (HardDrive{3, 0x800, 0x18000, "6f0c5c7e-1234-4abc-8def-0123456789ab"}) {
+		t.Errorf("%+v %+v %v", o, o.Partition, err)
+	}
+}
+
 func FuzzLoadOption(f *testing.F) {
 	f.Add(option("Linux", pathPCI, hd(1, diskGUID(1), 2, 2), pathFile, pathEnd))
 	f.Add(option("", hd(1, []byte{1, 2, 3, 4}, 1, 1), pathEnd))

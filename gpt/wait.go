@@ -42,7 +42,8 @@ func Wait(ctx context.Context, sys blockdev.System, guids []string, timeout time
 // which the system does not know every partition is read once when it comes or changes, not each time.
 //
 // It returns ErrBadName; with the missing ones the error of the context; or, when the time is up, the error that kept the
-// last look from telling: a system that cannot list its devices, or a device that may not be read (fs.ErrPermission).
+// last look from telling: a system that cannot list its devices, or a partition that is there by the word of the system, on
+// a disk that may not be read (fs.ErrPermission).
 func (w *Waiter) Wait(ctx context.Context, guids []string, timeout time.Duration) (missing []string, err error) {
 	l := &lookout{finder: Finder{System: w.System}, read: map[string]diskRead{}, every: w.every}
 	if l.every == 0 {
@@ -174,20 +175,23 @@ func (l *lookout) look() look {
 	var still []string
 	for _, guid := range l.missing {
 		search := search{Finder: &l.finder, partUUID: guid, blocks: blocks}
-		if search.known(); len(search.found) == 0 {
+		search.known()
+		denied := slices.IndexFunc(search.errs, func(e error) bool { return errors.Is(e, fs.ErrPermission) })
+		if denied >= 0 && err == nil {
+			err = search.errs[denied] // not that of a disk of somebody else
+		}
+		if len(search.found) == 0 {
 			search.disks(read)
 		}
 		if _, found := search.result(nil); found == nil || errors.Is(found, ErrAmbiguous) {
 			continue
 		}
 		still = append(still, guid)
-		for _, e := range search.errs {
-			if err == nil && errors.Is(e, fs.ErrPermission) {
-				err = e
-			}
-		}
 	}
 	l.missing = still
+	if len(still) == 0 {
+		err = nil
+	}
 	return look{still, err}
 }
 

@@ -9,6 +9,7 @@ import (
 	"io"
 	"log/slog"
 	"os"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -111,7 +112,8 @@ type invocation struct {
 	c   *cli.Context
 	log *slog.Logger
 
-	json                 string // pretty, short or off
+	system               blockdev.System // that of the app, or below --system-root
+	json                 string          // pretty, short or off
 	quiet, verbose       bool
 	noLegend, noProgress bool
 	color                bool
@@ -123,7 +125,7 @@ type invocation struct {
 
 // run runs one command line, the program's name first, and returns the exit status.
 func (a *app) run(ctx context.Context, args []string) int {
-	inv := &invocation{app: a, ctx: ctx, json: earlyJSON(args), out: bufio.NewWriter(a.stdout)}
+	inv := &invocation{app: a, ctx: ctx, system: a.system, json: earlyJSON(args), out: bufio.NewWriter(a.stdout)}
 	inv.log = newLogger(logWriter{inv}, slog.LevelInfo)
 	// What the library itself returns is about the command line; the commands leave theirs in inv.err.
 	if err := inv.cli().RunContext(ctx, args); err != nil && inv.err == nil {
@@ -208,7 +210,7 @@ func earlyJSON(args []string) string {
 func (inv *invocation) cli() *cli.App {
 	commands := []*cli.Command{
 		inv.listCommand(), inv.statusCommand(), inv.syncCommand(), inv.verifyCommand(), inv.recoverCommand(),
-		inv.checkCommand(), inv.lsCommand(), inv.catCommand(), inv.extractCommand(),
+		inv.waitCommand(), inv.checkCommand(), inv.lsCommand(), inv.catCommand(), inv.extractCommand(),
 	}
 	for _, c := range commands {
 		c.Flags = append(c.Flags, commonFlags()...)
@@ -276,6 +278,8 @@ func commonFlags() []cli.Flag {
 		&cli.BoolFlag{Name: "no-legend", Usage: "leave out the headings of tables", DisableDefaultText: true},
 		&cli.BoolFlag{Name: "no-pager", Usage: "accepted from scripts; no pager is ever started", DisableDefaultText: true},
 		&cli.StringFlag{Name: "color", Value: "auto", Usage: "use colours; `WHEN` is auto, always or never, and auto heeds NO_COLOR"},
+		&cli.GenericFlag{Name: "system-root", Value: &once{},
+			Usage: "look at /sys, /proc, /dev and /run below `DIR`; for tests and for tools that prepare another system"},
 	}
 }
 
@@ -426,6 +430,19 @@ func (inv *invocation) configure() error {
 		return usagef("--quiet and --verbose exclude each other")
 	}
 	inv.noLegend, inv.noProgress = inv.flag("no-legend"), inv.flag("no-progress")
+	if root := inv.text("system-root"); root != "" {
+		if !isDir(root) {
+			return usagef("--system-root=%s is not a directory", root)
+		}
+		abs, err := filepath.Abs(root)
+		if err != nil {
+			return fmt.Errorf("cannot use --system-root=%s: %w", root, err)
+		}
+		if abs == "/" {
+			abs = "" // this machine, whose nodes are devices and whose kernel sends events
+		}
+		inv.system = blockdev.System{Root: abs}
+	}
 	mode := inv.text("json")
 	if !slices.Contains([]string{"pretty", "short", "off"}, mode) {
 		return usagef("--json=%s is not pretty, short or off", mode)

@@ -12,7 +12,7 @@ import (
 func TestHelp(t *testing.T) {
 	b := newBench(t)
 	b.run("--help").want(0).golden("help")
-	for _, cmd := range []string{"list", "status", "sync", "verify", "recover", "check", "ls", "cat", "extract"} {
+	for _, cmd := range []string{"list", "status", "sync", "verify", "recover", "wait", "check", "ls", "cat", "extract"} {
 		b.run(cmd, "--help").want(0).golden("help-" + cmd)
 	}
 }
@@ -76,6 +76,16 @@ func TestUsage(t *testing.T) {
 		{"extract a.img --to out", `"--to" stands behind an argument`},
 		{"recover", "0 arguments were given"},
 		{"check", "0 arguments were given"},
+		{"wait", "name the members"},
+		{"wait sda1", `"sda1" is not a partition GUID`},
+		{"wait --timeout soon " + guidOne, `"soon" is not a time`},
+		{"wait --timeout= " + guidOne, "option --timeout has an empty value"},
+		{"wait " + guidOne + " --timeout 5s", `"--timeout" stands behind an argument`},
+		{"ls --timeout 5s a.img", "unknown option --timeout"},
+		{"--system-root missing list", "--system-root=missing is not a directory"},
+		{"--system-root a.img list", "--system-root=a.img is not a directory"},
+		{"list --system-root=", "option --system-root has an empty value"},
+		{"--system-root . list --system-root .", "option --system-root is given twice"},
 		{"status --select loader", "nothing to compare"},
 		{"status a.img", "no argument is taken"},
 	} {
