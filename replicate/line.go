@@ -29,6 +29,7 @@ type Lineage struct {
 	Verdict    Verdict
 	Forced     bool      // the verdict was overridden
 	Generation uint64    // the target's before the run, 0 when it has none
+	Base       uint64    // the generation that the source was at, 0 when it had none
 	Source     uint64    // the generation that the source is at, or comes to by this run
 	Last       time.Time // when the target's last run ended by the clock of then; zero when not known
 }
@@ -78,7 +79,7 @@ func (r *run) begun() error {
 	if !r.opt.Member {
 		return nil
 	}
-	st, err := readState(r.src)
+	st, err := ReadState(r.src)
 	switch {
 	case errors.Is(err, ErrState) && r.opt.Force:
 		r.log.Warn("the source's state is lost, and a new lineage begins", "err", err)
@@ -199,7 +200,7 @@ func (r *run) judge() error {
 	}
 	read := slices.DeleteFunc(slices.Clone(sides), func(s *side) bool {
 		if s.skip {
-			s.res.Lineage = &Lineage{Verdict: Equal, Generation: s.state.Generation, Source: s.state.Generation, Last: s.state.UpdatedAt()}
+			s.res.Lineage = &Lineage{Verdict: Equal, Generation: s.state.Generation, Base: s.state.Generation, Source: s.state.Generation, Last: s.state.UpdatedAt()}
 		}
 		return s.skip
 	})
@@ -260,7 +261,9 @@ func (r *run) judge() error {
 	r.line.now = now
 	left := 0
 	for _, s := range read {
-		s.res.Lineage.Source = now.Generation
+		if s.res.Lineage.Source = now.Generation; base != nil {
+			s.res.Lineage.Base = base.Generation
+		}
 		if s.res.Err != nil {
 			continue
 		}

@@ -62,7 +62,7 @@ func (m *aMember) state(t *testing.T) *State {
 	if err != nil {
 		t.Fatal(err)
 	}
-	st, err := readState(src)
+	st, err := ReadState(src)
 	if err != nil {
 		t.Fatal(err)
 	}

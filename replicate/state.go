@@ -172,8 +172,12 @@ func (s *State) selection() (*selection, error) {
 	return sel, nil
 }
 
-// readState reads the state of a volume or directory. nil without an error means that it has none.
-func readState(src Source) (*State, error) {
+// ReadState reads the state of a volume or directory; src may be nil. nil without an error means that it has none. It
+// returns ErrState.
+func ReadState(src Source) (*State, error) {
+	if src == nil {
+		return nil, nil
+	}
 	it := src.Root().lookup(StatePath)
 	if it == nil {
 		return nil, nil

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"sync"
 
 	"espmirror/blockdev"
@@ -183,9 +184,16 @@ func begin(src Source, targets []*Target, o Options) (*run, error) {
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
 	}
+	if len(o.Selection.Select) > 0 && o.Member && src.Root().lookup(SetPath) != nil {
+		o.Selection.Select = append(slices.Clone(o.Selection.Select), SetPath) // each member describes the set
+	}
 	sel, err := o.Selection.resolve(src)
 	if err != nil {
 		return nil, err
+	}
+	if src.Root().lookup(SetPath) == nil {
+		// A source that is in no set has nothing to say about that of the target.
+		sel.excludes = append(sel.excludes, fatdriver.Fold(SetPath))
 	}
 	o.KeepFree = min(o.KeepFree, maxKeepFree)
 	r := &run{src: src, sel: sel, opt: o, log: o.Log, hashes: map[*Item][32]byte{}}
@@ -299,7 +307,7 @@ func (r *run) open(s *side) {
 		s.fail(fmt.Errorf("cannot use %s as a target: %w", s.t.Name, err))
 		return
 	}
-	s.state, s.stateErr = readState(s.source())
+	s.state, s.stateErr = ReadState(s.source())
 }
 
 // source is the target seen as a source is.

@@ -36,7 +36,7 @@ type app struct {
 
 // engine is the part of package replicate that writes or compares. Tests put failures there that no image can have.
 type engine struct {
-	sync, verify func(context.Context, replicate.Source, []*replicate.Target, replicate.Options) ([]replicate.Result, error)
+	sync, verify engineRun
 	recover      func(context.Context, *replicate.Target, replicate.RecoverOptions) (*replicate.Recovery, error)
 	pending      func(*replicate.Target) (bool, error)
 }
@@ -209,7 +209,7 @@ func earlyJSON(args []string) string {
 // cli describes the command line. A new one is made for every run, because the library keeps what it parsed in it.
 func (inv *invocation) cli() *cli.App {
 	commands := []*cli.Command{
-		inv.listCommand(), inv.statusCommand(), inv.syncCommand(), inv.verifyCommand(), inv.recoverCommand(),
+		inv.listCommand(), inv.statusCommand(), inv.syncCommand(), inv.verifyCommand(), inv.recoverCommand(), inv.addCommand(), inv.removeCommand(),
 		inv.waitCommand(), inv.checkCommand(), inv.lsCommand(), inv.catCommand(), inv.extractCommand(),
 	}
 	for _, c := range commands {

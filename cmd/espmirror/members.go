@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -95,6 +96,10 @@ func setFlags() []cli.Flag {
 	}
 }
 
+func timeoutFlag() cli.Flag {
+	return &cli.GenericFlag{Name: "timeout", Value: &once{}, Usage: "wait up to `TIME` for members of the replica set that are not there yet (5s, 2min; default: what the set says, else 0)"}
+}
+
 func selectFlags() []cli.Flag {
 	return []cli.Flag{
 		&cli.StringSliceFlag{Name: "select", Usage: "replicate this `PATH` in place of the default selection; repeat for more"},
@@ -128,20 +133,25 @@ func (inv *invocation) primaryName() (string, error) {
 
 // newMembers finds the volumes that the command line names. An error stops the whole run; nothing is open then.
 func (inv *invocation) newMembers(verb string) (*members, error) {
+	names := inv.list("target")
+	return inv.newMembersOf(verb, names, len(names) == 0)
+}
+
+// newMembersOf finds the primary and the targets with the given names. bySet adds the members of the replica set that
+// are not among them.
+func (inv *invocation) newMembersOf(verb string, names []string, bySet bool) (*members, error) {
 	name, err := inv.primaryName()
 	if err != nil {
 		return nil, &usageError{"no primary was given: " + err.Error(), "name it with --primary, or in SYSTEMD_ESP_PATH"}
 	}
-	m := &members{inv: inv, verb: verb, primary: &member{name: name}}
-	var names []string
-	for _, name := range inv.list("target") {
+	m := &members{inv: inv, verb: verb, primary: &member{name: name}, bySet: bySet}
+	for _, name := range names {
 		if isDir(name) {
 			return nil, refusef("cannot %s %s: it is a directory, and a target is a device or an image", verb, name)
 		}
 		m.targets = append(m.targets, &member{name: name})
-		names = append(names, name)
 	}
-	m.dry = inv.flag("dry-run") || verb != "sync"
+	m.dry = inv.flag("dry-run") || verb == "compare" || verb == "verify"
 	err = m.find(existing(names))
 	if err == nil {
 		err = m.findPairs()
@@ -158,22 +168,31 @@ func (m *members) find(among []string) error {
 	if err := m.findPrimary(among); err != nil {
 		return fmt.Errorf("cannot use primary %s: %w", m.primary.name, err)
 	}
-	if len(m.targets) == 0 {
+	m.findTargets(m.targets, among)
+	if m.bySet {
+		named := len(m.targets)
 		if err := m.findSet(); err != nil {
 			return err
 		}
+		m.findTargets(m.targets[named:], among)
+		for _, t := range m.targets[named:] {
+			if t.loc != nil {
+				t.name = t.loc.String()
+			}
+		}
 	}
-	for _, t := range m.targets {
+	return m.sameTwice()
+}
+
+func (m *members) findTargets(targets []*member, among []string) {
+	for _, t := range targets {
 		loc, err := m.inv.findTarget(t.name, among)
 		if err != nil {
 			t.err = fmt.Errorf("cannot %s %s: %w", m.verb, t.name, err)
 			continue
 		}
-		if t.loc = loc; m.bySet {
-			t.name = loc.String()
-		}
+		t.loc = loc
 	}
-	return m.sameTwice()
 }
 
 func (m *members) findPrimary(among []string) error {
@@ -243,9 +262,8 @@ func (m *members) findSet() error {
 		return withHint(refusef("cannot %s: primary %s is not in its own replica set, %s", m.verb, p.name, replicate.SetPath),
 			"add it with `espmirror add`, or name the targets with --target")
 	}
-	m.bySet = true
 	for _, guid := range m.set.Members() {
-		if guid != p.guid() {
+		if guid != p.guid() && !slices.ContainsFunc(m.targets, func(t *member) bool { return t.guid() == guid }) {
 			m.targets = append(m.targets, &member{name: "PARTUUID=" + guid})
 		}
 	}
@@ -260,13 +278,15 @@ func (m *members) wait() error {
 	limit, _ := m.set.Timeout()
 	if v := m.inv.text("timeout"); v != "" {
 		var err error
-		if limit, err = parseTimeout(v); err != nil {
+		if limit, err = parseTime(v); err != nil {
 			return usagef("--timeout: %v", err)
 		}
 	}
 	var guids []string
 	for _, t := range m.targets {
-		guids = append(guids, strings.TrimPrefix(t.name, "PARTUUID="))
+		if guid, ok := strings.CutPrefix(t.name, "PARTUUID="); ok && t.loc == nil {
+			guids = append(guids, guid)
+		}
 	}
 	if limit <= 0 || len(guids) == 0 {
 		return nil

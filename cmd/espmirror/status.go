@@ -4,7 +4,9 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"strings"
+	"time"
 
 	"github.com/urfave/cli/v2"
 
@@ -28,12 +30,19 @@ func (inv *invocation) statusCommand() *cli.Command {
 
 func (inv *invocation) status() (report, error) {
 	rep := &statusReport{Volumes: []statusVolume{}}
+	m, err := inv.newMembers("compare")
+	noSet := (*usageError)(nil)
+	if !errors.As(err, &noSet) {
+		if err != nil {
+			return nil, err
+		}
+		defer m.close()
+		return inv.statusOfSet(rep, m)
+	}
+	// There is nothing to compare: the volumes are shown one by one.
 	primary, targets := inv.text("primary"), inv.list("target")
 	if primary == "" {
 		primary = os.Getenv("SYSTEMD_ESP_PATH")
-	}
-	if primary != "" && len(targets) > 0 {
-		return inv.statusOfSet(rep)
 	}
 	if sel := inv.selection(); len(sel.Select)+len(sel.Exclude) > 0 {
 		return nil, &usageError{"a selection was given, and nothing to compare", "name the volumes with --primary and --target"}
@@ -140,12 +149,7 @@ func (inv *invocation) examine(role string, v *volume) (*statusVolume, error) {
 }
 
 // statusOfSet compares the targets with the primary.
-func (inv *invocation) statusOfSet(rep *statusReport) (report, error) {
-	m, err := inv.newMembers("compare")
-	if err != nil {
-		return nil, err
-	}
-	defer m.close()
+func (inv *invocation) statusOfSet(rep *statusReport, m *members) (report, error) {
 	srcErr := m.sources()
 	p := &statusVolume{Role: "primary", Name: m.primary.name, Directory: m.primary.dir, State: "ok"}
 	if m.primary.vol != nil {
@@ -160,6 +164,9 @@ func (inv *invocation) statusOfSet(rep *statusReport) (report, error) {
 	}
 	if srcErr != nil {
 		p.fail(srcErr)
+	}
+	if st, err := replicate.ReadState(m.src); err == nil && st != nil {
+		p.setState(st)
 	}
 	rep.Volumes = append(rep.Volumes, *p)
 
@@ -188,6 +195,9 @@ func (inv *invocation) statusOfSet(rep *statusReport) (report, error) {
 	outcomes := m.outcomes(results, srcErr)
 	for _, o := range outcomes {
 		s := states[o.member]
+		if o.result != nil && o.result.Lineage != nil {
+			s.setLineage(o.result.Lineage)
+		}
 		switch {
 		case o.err != nil:
 			s.fail(o.err)
@@ -195,7 +205,8 @@ func (inv *invocation) statusOfSet(rep *statusReport) (report, error) {
 		case o.result == nil:
 			// The primary failed: what is known is the health.
 		case o.result.Outcome == replicate.Differs:
-			s.State, s.Changes = "drifted", len(o.result.Summary.Changes)
+			s.State, s.Changes = behind(o.result.Lineage), len(o.result.Summary.Changes)
+			s.Next = m.syncCommand(o.member)
 		default:
 			s.State = string(o.result.Outcome)
 		}
@@ -207,10 +218,53 @@ func (inv *invocation) statusOfSet(rep *statusReport) (report, error) {
 	return rep, m.failureOf(outcomes)
 }
 
+// behind words how a target that can be brought up to date stands to the primary.
+func behind(l *replicate.Lineage) string {
+	switch {
+	case l == nil:
+		return "drifted"
+	case l.Verdict == replicate.FirstSync:
+		return "new"
+	case l.Generation < l.Base:
+		return "stale"
+	}
+	return "drifted"
+}
+
+// syncCommand is what brings a target up to date.
+func (m *members) syncCommand(t *member) string {
+	if m.bySet && m.inv.text("primary") == "" {
+		return "espmirror sync"
+	}
+	if t.esp != nil {
+		t = t.esp
+	}
+	return fmt.Sprintf("espmirror sync --primary %s --target %s", m.primary.name, t.name)
+}
+
+// setState adds what a volume remembers of the replica set.
+func (s *statusVolume) setState(st *replicate.State) {
+	s.Generation, s.LastRun = st.Generation, st.UpdatedAt().UTC().Format(time.RFC3339)
+}
+
+// setLineage adds how a target stands to the primary.
+func (s *statusVolume) setLineage(l *replicate.Lineage) {
+	if s.Generation = l.Generation; !l.Last.IsZero() {
+		s.LastRun = l.Last.UTC().Format(time.RFC3339)
+	}
+	s.Lineage = string(l.Verdict)
+}
+
 // statusState is the state of a target that could not be compared. Damage is a state of its own here.
 func (o *outcome) statusState() string {
 	if errors.Is(o.err, fatdriver.ErrDamaged) || errors.Is(o.err, gpt.ErrDamaged) {
 		return "damaged"
+	}
+	switch {
+	case errors.Is(o.err, replicate.ErrStaleSource):
+		return "newer"
+	case errors.Is(o.err, replicate.ErrDiverged):
+		return "diverged"
 	}
 	return o.state()
 }
@@ -228,10 +282,14 @@ type statusVolume struct {
 	Name      string `json:"name"`
 	Directory string `json:"directory,omitempty"` // the primary's, or where the volume is mounted
 	identity
-	Free    *int64     `json:"free_bytes,omitempty"`
-	State   string     `json:"state"`
-	Changes int        `json:"changes,omitempty"`
-	Error   *jsonError `json:"error,omitempty"`
+	Free       *int64     `json:"free_bytes,omitempty"`
+	Generation uint64     `json:"generation,omitempty"`
+	Lineage    string     `json:"lineage,omitempty"`  // the verdict
+	LastRun    string     `json:"last_run,omitempty"` // RFC 3339
+	State      string     `json:"state"`
+	Changes    int        `json:"changes,omitempty"`
+	Next       string     `json:"next,omitempty"` // the command to run
+	Error      *jsonError `json:"error,omitempty"`
 }
 
 func (s *statusVolume) fail(err error) {
@@ -240,8 +298,14 @@ func (s *statusVolume) fail(err error) {
 }
 
 func (r *statusReport) print(o *output) {
-	t := newTable("ROLE", "VOLUME", "PARTITION GUID", "SERIAL", "LABEL", "FAT", "FREE", "STATE")
+	headings := []string{"ROLE", "VOLUME", "PARTITION GUID", "SERIAL", "LABEL", "FAT", "FREE", "GEN", "STATE"}
+	inSet := slices.ContainsFunc(r.Volumes, func(v statusVolume) bool { return v.Generation > 0 })
+	if !inSet {
+		headings = slices.DeleteFunc(headings, func(h string) bool { return h == "GEN" })
+	}
+	t := newTable(headings...)
 	t.spare = []string{"PARTITION GUID"}
+	var next []string
 	for _, v := range r.Volumes {
 		free, state := "", v.State
 		if v.Free != nil {
@@ -254,12 +318,26 @@ func (r *statusReport) print(o *output) {
 			state += ", mounted on " + v.Directory
 		}
 		word, _, _ := strings.Cut(state, ",")
-		t.row(cell{text: v.Role}, cell{text: v.Name}, cell{text: v.PartGUID}, cell{text: v.Serial}, cell{text: v.Label},
-			cell{text: v.FATType}, cell{text: free, right: true}, cell{text: state, tint: outcomeTint(word)})
+		row := []cell{{text: v.Role}, {text: v.Name}, {text: v.PartGUID}, {text: v.Serial}, {text: v.Label},
+			{text: v.FATType}, {text: free, right: true}}
+		if inSet {
+			gen := ""
+			if v.Generation > 0 {
+				gen = fmt.Sprint(v.Generation)
+			}
+			row = append(row, cell{text: gen, right: true})
+		}
+		t.row(append(row, cell{text: state, tint: outcomeTint(word)})...)
+		if v.Next != "" && !slices.Contains(next, v.Next) {
+			next = append(next, v.Next)
+		}
 	}
 	if len(r.Volumes) > 0 {
 		t.print(o)
 	} else {
 		o.noVolume(r.unread)
+	}
+	for _, cmd := range next {
+		o.printf("next: %s\n", safe(cmd))
 	}
 }

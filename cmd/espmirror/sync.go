@@ -111,8 +111,17 @@ type targetReport struct {
 	Outcome string `json:"outcome"`
 	identity
 	Recovered *recoveryReport `json:"recovered,omitempty"`
+	Lineage   *lineageReport  `json:"lineage,omitempty"`
 	Summary   *summaryReport  `json:"summary,omitempty"`
 	Error     *jsonError      `json:"error,omitempty"`
+}
+
+// lineageReport says how a target stood to the primary.
+type lineageReport struct {
+	Verdict    string `json:"verdict"`
+	Forced     bool   `json:"forced"`
+	Generation uint64 `json:"generation"`        // the target's before the run, 0 when it had none
+	Source     uint64 `json:"source_generation"` // what the run brought, or would have
 }
 
 // summaryReport is what is known of a run or a comparison.
@@ -158,6 +167,9 @@ func newRunReport(m *members, source string, o replicate.Options, outcomes []*ou
 		if oc.result != nil {
 			t.Summary = newSummaryReport(m.verb, oc.result)
 			t.Recovered = newRecoveryReport(oc.result.Recovered)
+			if l := oc.result.Lineage; l != nil {
+				t.Lineage = &lineageReport{string(l.Verdict), l.Forced, l.Generation, l.Source}
+			}
 		}
 		rep.Targets = append(rep.Targets, t)
 	}
@@ -194,7 +206,7 @@ func outcomeTint(s string) tint {
 	switch s {
 	case "in sync", "synced", "ok", "finished", "rolled back", "rolled forward", "nothing to do":
 		return green
-	case "differs", "drifted", "busy", "stale", "needs recovery":
+	case "differs", "drifted", "busy", "stale", "new", "needs recovery":
 		return yellow
 	}
 	return red
