@@ -467,11 +467,11 @@ func (s *Set) Add(guid, comment string) (bool, error) {
 			at = i + 1
 		}
 	}
+	// The ending of the line before is the one that cannot join with what follows into another ending.
 	end := "\n"
-	for _, l := range s.lines {
+	for _, l := range s.lines[:at] {
 		if l.end != "" {
 			end = l.end
-			break
 		}
 	}
 	added := setLine{text: text, end: end}

@@ -190,6 +190,7 @@ func TestSetAdd(t *testing.T) {
 		{"# x", "a\nselect b", "# x\nmember " + guidC + " # a select b"},
 		{"\ufeff" + guidA, "", "\ufeff" + guidA + "\nmember " + guidC},
 		{"member " + guidA + " # a\r\n\r\nselect x\r\n", "", "member " + guidA + " # a\r\nmember " + guidC + "\r\n\r\nselect x\r\n"},
+		{"x\rmember " + guidA + "\n\n", "", "x\rmember " + guidA + "\nmember " + guidC + "\n\n"},
 		{guidA + "\nselect x\nmember " + guidB + "\n# end", "", guidA + "\nselect x\nmember " + guidB + "\nmember " + guidC + "\n# end"},
 	} {
 		s := parsed(t, c[0])
