@@ -378,6 +378,20 @@ func TestRandomSeedPowerCut(t *testing.T) {
 	}
 }
 
+// TestRandomSeedReadBack has a device that says it wrote.
+func TestRandomSeedReadBack(t *testing.T) {
+	g := geometries[2]
+	m := seeded(t, g, bytesOf("s", 32), 0)
+	v, tree := scanned(t, m)
+	geo := v.Geometry()
+	at := geo.ClusterOff(tree.Lookup(SeedPath).Runs[0].First)
+	d := &fixtures.Losing{Recorder: fixtures.NewRecorder(fixtures.Image(m.Bytes()), g.sector), Lose: func(off int64) bool { return off == at }}
+	res, err := RandomSeed(context.Background(), &Target{Name: "b.img", Dev: d}, SeedOptions{})
+	if !errors.Is(err, fatdriver.ErrChanged) || res.Outcome != Failed || !strings.Contains(err.Error(), fmt.Sprintf("0x%x", at)) {
+		t.Errorf("%+v", res)
+	}
+}
+
 // TestRandomSeedRecovers renews the seed of a volume that a cut left in the middle of a sync.
 func TestRandomSeedRecovers(t *testing.T) {
 	g := geometries[2]
