@@ -208,7 +208,7 @@ func earlyJSON(args []string) string {
 func (inv *invocation) cli() *cli.App {
 	commands := []*cli.Command{
 		inv.listCommand(), inv.statusCommand(), inv.syncCommand(), inv.verifyCommand(), inv.recoverCommand(),
-		inv.checkCommand(), inv.lsCommand(), inv.catCommand(), inv.extractCommand(),
+		inv.checkCommand(), inv.lsCommand(), inv.catCommand(), inv.extractCommand(), inv.randomSeedCommand(),
 	}
 	for _, c := range commands {
 		c.Flags = append(c.Flags, commonFlags()...)
@@ -473,7 +473,7 @@ USAGE:
    {{wrap .UsageText 3}}
 
 COMMANDS:{{range .VisibleCommands}}
-   {{printf "%-8s" .Name}} {{.Usage}}{{end}}
+   {{printf "%-11s" .Name}} {{.Usage}}{{end}}
 
 OPTIONS:{{range .VisibleFlags}}
    {{.}}{{end}}
