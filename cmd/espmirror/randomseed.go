@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"os"
 
 	"github.com/urfave/cli/v2"
 
@@ -37,10 +38,14 @@ const seedVerb = "renew the random seed of"
 func (inv *invocation) seedMembers() (*members, []*member, error) {
 	m := &members{inv: inv, verb: seedVerb, primary: &member{}}
 	var all []*member
-	if name := inv.primaryName(); name != "" {
-		all = append(all, &member{name: name})
-		if isDir(name) {
-			all[0].dir, m.primary = name, all[0]
+	first := inv.text("primary")
+	if first == "" {
+		first = os.Getenv("SYSTEMD_ESP_PATH")
+	}
+	if first != "" {
+		all = append(all, &member{name: first})
+		if isDir(first) {
+			all[0].dir, m.primary = first, all[0]
 		}
 	}
 	for _, name := range inv.list("target") {
@@ -84,9 +89,9 @@ func (inv *invocation) seedMembers() (*members, []*member, error) {
 			}
 		}
 	}
-	if first := all[0]; m.primary.dir == "" && inv.primaryName() != "" && first.loc != nil {
-		if err := m.throughMount(first); err != nil {
-			first.err = fmt.Errorf("cannot %s %s: %w", m.verb, first.name, err)
+	if p := all[0]; m.primary.dir == "" && first != "" && p.loc != nil {
+		if err := m.throughMount(p); err != nil {
+			p.err = fmt.Errorf("cannot %s %s: %w", m.verb, p.name, err)
 		}
 	}
 	return m, all, nil
