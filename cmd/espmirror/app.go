@@ -209,8 +209,9 @@ func earlyJSON(args []string) string {
 // cli describes the command line. A new one is made for every run, because the library keeps what it parsed in it.
 func (inv *invocation) cli() *cli.App {
 	commands := []*cli.Command{
-		inv.listCommand(), inv.statusCommand(), inv.syncCommand(), inv.verifyCommand(), inv.recoverCommand(), inv.addCommand(), inv.removeCommand(),
-		inv.waitCommand(), inv.checkCommand(), inv.lsCommand(), inv.catCommand(), inv.extractCommand(),
+		inv.listCommand(), inv.statusCommand(), inv.syncCommand(), inv.verifyCommand(), inv.recoverCommand(),
+		inv.addCommand(), inv.removeCommand(), inv.waitCommand(), inv.randomSeedCommand(),
+		inv.checkCommand(), inv.lsCommand(), inv.catCommand(), inv.extractCommand(),
 	}
 	for _, c := range commands {
 		c.Flags = append(c.Flags, commonFlags()...)
@@ -490,7 +491,7 @@ USAGE:
    {{wrap .UsageText 3}}
 
 COMMANDS:{{range .VisibleCommands}}
-   {{printf "%-8s" .Name}} {{.Usage}}{{end}}
+   {{printf "%-11s" .Name}} {{.Usage}}{{end}}
 
 OPTIONS:{{range .VisibleFlags}}
    {{.}}{{end}}

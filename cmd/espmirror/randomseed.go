@@ -1,0 +1,250 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"os"
+
+	"github.com/urfave/cli/v2"
+
+	"espmirror/blockdev"
+	"espmirror/gpt"
+	"espmirror/replicate"
+)
+
+func (inv *invocation) randomSeedCommand() *cli.Command {
+	return &cli.Command{
+		Name:  "random-seed",
+		Usage: "give each volume a fresh random seed of its own",
+		UsageText: "espmirror random-seed [OPTIONS] [--primary VOLUME] [--target VOLUME]...\n" +
+			"espmirror random-seed --dry-run [--primary VOLUME] [--target VOLUME]...",
+		Description: "The seed in loader/random-seed, with which systemd-boot starts the kernel's random numbers, is mixed with\n" +
+			"32 fresh bytes on each volume by itself: no two volumes ever have the same. Where it is missing it is made\n" +
+			"if systemd-boot is installed. A primary that is mounted is written through its mount point.",
+		Flags: []cli.Flag{
+			&cli.GenericFlag{Name: "primary", Value: &once{}, Usage: "renew the seed of this `VOLUME` or directory (default: $SYSTEMD_ESP_PATH)"},
+			&cli.StringSliceFlag{Name: "target", Usage: "renew the seed of this `VOLUME`; repeat for more"},
+			&cli.BoolFlag{Name: "dry-run", Aliases: []string{"n"}, Usage: "print what would be done, and write nothing", DisableDefaultText: true},
+		},
+		Action: inv.action(0, 0, "name the volumes with --primary and --target", inv.randomSeed),
+	}
+}
+
+// seedVerb completes "cannot … b.img".
+const seedVerb = "renew the random seed of"
+
+// seedMembers finds the volumes that the command line names, each with its own error: none of them needs another one. A
+// primary that is a directory or mounted stays the primary of the members; any other one is a target as the rest are.
+func (inv *invocation) seedMembers() (*members, []*member, error) {
+	m := &members{inv: inv, verb: seedVerb, primary: &member{}}
+	var all []*member
+	first := inv.text("primary")
+	if first == "" {
+		first = os.Getenv("SYSTEMD_ESP_PATH")
+	}
+	if first != "" {
+		all = append(all, &member{name: first})
+		if isDir(first) {
+			all[0].dir, m.primary = first, all[0]
+		}
+	}
+	for _, name := range inv.list("target") {
+		if isDir(name) {
+			return nil, nil, refusef("cannot %s %s: it is a directory, and a target is a device or an image", m.verb, name)
+		}
+		all = append(all, &member{name: name})
+	}
+	if len(all) == 0 {
+		return nil, nil, &usageError{"no volume was given", "name it with --primary or --target, or in SYSTEMD_ESP_PATH"}
+	}
+	var names []string
+	for _, t := range all {
+		names = append(names, t.name)
+	}
+	among := existing(names)
+	for i, t := range all {
+		if t == m.primary {
+			continue
+		}
+		m.targets = append(m.targets, t)
+		loc, err := inv.findTarget(t.name, among)
+		if err != nil {
+			t.err = fmt.Errorf("cannot %s %s: %w", m.verb, t.name, err)
+			continue
+		}
+		t.loc = loc
+		for _, u := range all[:i] {
+			same := false
+			switch {
+			case u.loc != nil:
+				same, err = gpt.SameVolume(loc, u.loc)
+			case u.dir != "":
+				same, err = m.isPrimary(t)
+			}
+			if err != nil {
+				return nil, nil, err
+			}
+			if same {
+				return nil, nil, refusef("cannot %s %s: it is named twice (%s)", m.verb, t.name, u.name)
+			}
+		}
+	}
+	if p := all[0]; m.primary.dir == "" && first != "" && p.loc != nil {
+		if err := m.throughMount(p); err != nil {
+			p.err = fmt.Errorf("cannot %s %s: %w", m.verb, p.name, err)
+		}
+	}
+	return m, all, nil
+}
+
+// throughMount makes a primary that is mounted be written there: the kernel has the filesystem, and a device below it that
+// changes by itself is damage.
+func (m *members) throughMount(p *member) error {
+	id := p.loc.ID()
+	if !id.Block || p.loc.Offset != 0 {
+		return nil
+	}
+	mount, ok, err := m.inv.system.MountPoint(id.Dev)
+	if err != nil || !ok {
+		return err
+	}
+	if err := m.inv.checkType(p.loc); err != nil {
+		return err
+	}
+	vol, err := m.inv.openLocation(p.name, p.loc)
+	if err != nil {
+		return refuseContent(err)
+	}
+	p.vol, p.serial, p.dir = vol, vol.fat.UUID(), mount.Point
+	m.primary, m.targets = p, m.targets[1:]
+	m.inv.log.Info("the primary is mounted, so it is written through its mount point", "primary", p.name, "directory", p.dir)
+	return nil
+}
+
+func (inv *invocation) randomSeed() (report, error) {
+	o := replicate.SeedOptions{DryRun: inv.flag("dry-run")}
+	o.Log = inv.engineLog(o.DryRun)
+	m, all, err := inv.seedMembers()
+	if err != nil {
+		return nil, err
+	}
+	m.dry = o.DryRun
+	defer m.close()
+	m.inspect()
+	mode := blockdev.ReadOnly
+	if !o.DryRun {
+		mode = blockdev.ReadWrite
+		if err := m.lock(); err != nil {
+			return nil, err
+		}
+	}
+	reasons := map[string]string{}
+	renewed := func(r replicate.SeedResult) replicate.Result {
+		reasons[r.Target] = r.Reason
+		return replicate.Result{Target: r.Target, Outcome: r.Outcome, Recovered: r.Recovered, Err: r.Err}
+	}
+	var primary *outcome
+	if p := m.primary; p.dir != "" {
+		primary = &outcome{member: p, err: p.err}
+		if p.err == nil {
+			seed, _ := replicate.RandomSeedDir(inv.ctx, p.dir, o) // the error is in the result
+			seed.Target = p.name
+			res := renewed(seed)
+			primary.result, primary.err = &res, res.Err
+			if res.Err != nil {
+				primary.err = prefixed(m.verb, p.name, res.Err)
+			}
+			if res.Outcome == replicate.Refused {
+				primary.err = refusal{primary.err}
+			}
+		}
+	}
+	var results []replicate.Result
+	for _, t := range m.openTargets(mode) {
+		seed, _ := replicate.RandomSeed(inv.ctx, t, o)
+		results = append(results, renewed(seed))
+	}
+	m.close() // what fails in closing a volume belongs to its outcome
+	byMember := map[*member]*outcome{m.primary: primary}
+	for _, oc := range m.outcomes(results, nil) {
+		byMember[oc.member] = oc
+	}
+	rep := &seedReport{DryRun: o.DryRun, Volumes: []seedVolume{}, quiet: inv.quiet}
+	e := &targetsError{verb: m.verb, total: len(all)}
+	for _, t := range all {
+		oc := byMember[t]
+		rep.add(oc, reasons[t.name])
+		if oc.err != nil {
+			e.errs = append(e.errs, oc.err)
+		}
+		if r := oc.result; r != nil && !o.DryRun {
+			e.wrote = e.wrote || r.Outcome == replicate.Refreshed || r.Outcome == replicate.Created || r.Recovered.Changed()
+		}
+	}
+	switch {
+	case len(e.errs) == 1 && len(all) == 1 && !errors.As(e.errs[0], new(missing)):
+		return rep, e.errs[0]
+	case len(e.errs) > 0:
+		return rep, e
+	}
+	return rep, nil
+}
+
+// seedReport is the result of random-seed.
+type seedReport struct {
+	failure
+	DryRun  bool         `json:"dry_run"`
+	Volumes []seedVolume `json:"volumes"`
+
+	quiet bool
+}
+
+type seedVolume struct {
+	Name      string `json:"name"`
+	Outcome   string `json:"outcome"`
+	Reason    string `json:"reason,omitempty"`
+	Directory string `json:"directory,omitempty"` // where it was written through a mount
+	identity
+	Recovered *recoveryReport `json:"recovered,omitempty"`
+	Error     *jsonError      `json:"error,omitempty"`
+}
+
+func (r *seedReport) add(oc *outcome, reason string) {
+	v := seedVolume{Name: oc.member.name, Outcome: oc.state(), Reason: reason, Directory: oc.member.dir, Error: newJSONError(oc.err)}
+	if oc.member.loc != nil {
+		v.identity = identityOf(oc.member.loc)
+		v.Serial = oc.member.serial
+	}
+	if oc.result != nil {
+		v.Recovered = newRecoveryReport(oc.result.Recovered)
+	}
+	r.Volumes = append(r.Volumes, v)
+}
+
+func (r *seedReport) print(o *output) {
+	if r.quiet {
+		return
+	}
+	t := newTable("VOLUME", "OUTCOME", "REASON", "RECOVERY")
+	for _, v := range r.Volumes {
+		outcome, tint := v.Outcome, red
+		switch replicate.Outcome(v.Outcome) {
+		case replicate.Refreshed, replicate.Created:
+			tint = green
+			if r.DryRun {
+				outcome = "would be " + outcome
+			}
+		case replicate.LeftAlone:
+			tint = yellow
+		}
+		var recovery string
+		if v.Recovered != nil && v.Recovered.Action != "nothing to do" {
+			recovery = v.Recovered.Action
+			if w := wouldDo[recovery]; w != "" && r.DryRun {
+				recovery = w
+			}
+		}
+		t.row(cell{text: v.Name}, cell{text: outcome, tint: tint}, cell{text: v.Reason}, cell{text: recovery})
+	}
+	t.print(o)
+}
