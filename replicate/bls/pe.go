@@ -62,7 +62,7 @@ const maxSection = 64 << 10
 // ReadPE reads the headers of a PE image of size bytes, and checks that all they speak of is within the file: the headers
 // themselves, the data of each section, and the signatures at the end. That is what EDK2's PeCoffLoaderGetPeHeader
 // (MdePkg/Library/BasePeCoffLib) demands before it loads one, so that a file that was cut off is found. Nothing else is read: the headers of most images
-// take less than a KiB, and no more memory is taken than the file has bytes.
+// take less than a KiB, and no more memory is taken than the file has bytes. Offsets only grow, so that r may be a stream.
 //
 // The error is ErrPE with the offset of what was found there and what was expected, or the reader's.
 func ReadPE(r io.ReaderAt, size int64) (*PE, error) {
