@@ -159,9 +159,9 @@ func prepared(t testing.TB, g geometry, trees [2]map[string]string, o Options) *
 // crashCases are pairs of trees: what is on the target, and what it is to become.
 func crashCases() map[string][2]map[string]string {
 	base := map[string]string{
-		"EFI/BOOT/BOOTX64.EFI":                       "MZ" + strings.Repeat("boot", 300),
-		"EFI/Linux/linux-6.1+3-0.efi":                "MZ" + strings.Repeat("uki", 900),
-		"EFI/Linux/old and long.efi":                 "MZ" + strings.Repeat("old", 500),
+		"EFI/BOOT/BOOTX64.EFI":                       fixtures.Program(strings.Repeat("boot", 300)),
+		"EFI/Linux/linux-6.1+3-0.efi":                fixtures.Program(strings.Repeat("uki", 900)),
+		"EFI/Linux/old and long.efi":                 fixtures.Program(strings.Repeat("old", 500)),
 		"loader/loader.conf":                         "timeout 3\n",
 		"loader/entries/a.conf":                      "title a\nlinux /0123456789abcdef0123456789abcdef/6.1/linux\n",
 		"0123456789abcdef0123456789abcdef/6.1/linux": strings.Repeat("kernel", 400),
@@ -173,9 +173,11 @@ func crashCases() map[string][2]map[string]string {
 	}
 	return map[string][2]map[string]string{
 		"first run": {nil, base},
-		"replace":   {base, with(func(m map[string]string) { m["EFI/BOOT/BOOTX64.EFI"] = "MZ new" + strings.Repeat("x", 2000) })},
+		"replace": {base, with(func(m map[string]string) {
+			m["EFI/BOOT/BOOTX64.EFI"] = fixtures.Program("new" + strings.Repeat("x", 2000))
+		})},
 		"one directory": {base, with(func(m map[string]string) {
-			m["EFI/Linux/new.efi"] = "MZ new"
+			m["EFI/Linux/new.efi"] = fixtures.Program("new")
 			delete(m, "EFI/Linux/old and long.efi")
 			m["EFI/Linux/linux-6.1b+3-0.efi"] = m["EFI/Linux/linux-6.1+3-0.efi"]
 			delete(m, "EFI/Linux/linux-6.1+3-0.efi")
@@ -185,7 +187,7 @@ func crashCases() map[string][2]map[string]string {
 			delete(m, "0123456789abcdef0123456789abcdef/6.1/linux")
 			m["loader/entries/b.conf"] = "title b\nlinux /0123456789abcdef0123456789abcdef/6.2/linux\n"
 			delete(m, "loader/entries/a.conf")
-			m["EFI/Linux/linux-6.2.efi"] = "MZ" + strings.Repeat("uki2", 900)
+			m["EFI/Linux/linux-6.2.efi"] = fixtures.Program(strings.Repeat("uki2", 900))
 			delete(m, "EFI/Linux/old and long.efi")
 		})},
 		"files in the root": {base, with(func(m map[string]string) {

@@ -311,7 +311,7 @@ func (m *members) isMember() bool {
 // to those on the targets' disks.
 func (m *members) findPairs() error {
 	p := m.primary
-	if p.loc == nil || p.loc.Part == nil || p.loc.Part.Type != gpt.TypeESP || m.verb == "random-seed" {
+	if p.loc == nil || p.loc.Part == nil || p.loc.Part.Type != gpt.TypeESP || m.verb == seedVerb {
 		return nil
 	}
 	find := func(loc *gpt.Location) (*gpt.Location, error) {

@@ -22,8 +22,8 @@ func (inv *invocation) randomSeedCommand() *cli.Command {
 			"32 fresh bytes on each volume by itself: no two volumes ever have the same. Where it is missing it is made\n" +
 			"if systemd-boot is installed. A primary that is mounted is written through its mount point.",
 		Flags: []cli.Flag{
-			&cli.GenericFlag{Name: "primary", Value: &once{}, Usage: "renew the seed of this `VOLUME` or directory (default: $SYSTEMD_ESP_PATH)"},
-			&cli.StringSliceFlag{Name: "target", Usage: "renew the seed of this `VOLUME`; repeat for more"},
+			&cli.GenericFlag{Name: "primary", Value: &once{}, Usage: "renew the seed of this `VOLUME` or directory (default: $SYSTEMD_ESP_PATH, else the ESP that was booted)"},
+			&cli.StringSliceFlag{Name: "target", Usage: "renew the seed of this `VOLUME`; repeat for more (default: the other members of the replica set)"},
 			&cli.BoolFlag{Name: "dry-run", Aliases: []string{"n"}, Usage: "print what would be done, and write nothing", DisableDefaultText: true},
 		},
 		Action: inv.action(0, 0, "name the volumes with --primary and --target", inv.randomSeed),
@@ -42,13 +42,29 @@ func (inv *invocation) seedMembers() (*members, []*member, error) {
 	if first == "" {
 		first = os.Getenv("SYSTEMD_ESP_PATH")
 	}
+	names := inv.list("target")
+	if len(names) == 0 {
+		// Without a word, every member of the replica set gets one.
+		set, err := inv.newMembersOf(seedVerb, nil, true)
+		noSet := (*usageError)(nil)
+		switch {
+		case err == nil:
+			first = set.primary.name
+			for _, t := range set.targets {
+				names = append(names, t.name)
+			}
+			set.close()
+		case !errors.As(err, &noSet):
+			return nil, nil, err
+		}
+	}
 	if first != "" {
 		all = append(all, &member{name: first})
 		if isDir(first) {
 			all[0].dir, m.primary = first, all[0]
 		}
 	}
-	for _, name := range inv.list("target") {
+	for _, name := range names {
 		if isDir(name) {
 			return nil, nil, refusef("cannot %s %s: it is a directory, and a target is a device or an image", m.verb, name)
 		}
@@ -57,7 +73,7 @@ func (inv *invocation) seedMembers() (*members, []*member, error) {
 	if len(all) == 0 {
 		return nil, nil, &usageError{"no volume was given", "name it with --primary or --target, or in SYSTEMD_ESP_PATH"}
 	}
-	var names []string
+	names = nil
 	for _, t := range all {
 		names = append(names, t.name)
 	}
@@ -166,7 +182,7 @@ func (inv *invocation) randomSeed() (report, error) {
 	}
 	m.close() // what fails in closing a volume belongs to its outcome
 	byMember := map[*member]*outcome{m.primary: primary}
-	for _, oc := range m.outcomes(results, nil) {
+	for _, oc := range m.outcomesOf(results, nil) {
 		byMember[oc.member] = oc
 	}
 	rep := &seedReport{DryRun: o.DryRun, Volumes: []seedVolume{}, quiet: inv.quiet}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -26,6 +27,7 @@ func (inv *invocation) syncCommand() *cli.Command {
 			&cli.StringFlag{Name: "compare", Value: "content", Usage: "how to find what changed: by `content`, or by fingerprint, which reads no file where nothing has changed"},
 			&cli.BoolFlag{Name: "force", Usage: "let the primary win where a target is newer or has gone its own way", DisableDefaultText: true},
 			timeoutFlag(),
+			&cli.StringFlag{Name: "random-seed", Value: "no", Usage: "also give each target a fresh random seed of its own: `yes|no`"},
 			&cli.StringFlag{Name: "read-back", Value: "yes", Usage: "compare what was written with the medium before the commit: `yes|no`"},
 			noProgressFlag()),
 		Action: inv.action(0, 0, "name the volumes with --primary and --target", inv.sync),
@@ -55,12 +57,41 @@ func (inv *invocation) sync() (report, error) {
 	default:
 		return nil, usagef("--compare=%s is not content or fingerprint", v)
 	}
+	run := inv.engine.sync
+	switch v := inv.text("random-seed"); v {
+	case "no":
+	case "yes":
+		run = thenSeeds(run)
+	default:
+		return nil, usagef("--random-seed=%s is not yes or no", v)
+	}
 	o.Force = inv.flag("force")
 	m, err := inv.newMembers("sync")
 	if err != nil {
 		return nil, err
 	}
-	return inv.replicate(m, o, inv.engine.sync, !o.DryRun)
+	return inv.replicate(m, o, run, !o.DryRun)
+}
+
+// thenSeeds gives each ESP that is in sync a fresh random seed. The ESPs are the last job.
+func thenSeeds(run engineRun) engineRun {
+	return func(ctx context.Context, jobs []replicate.Job) ([][]replicate.Result, error) {
+		results, err := run(ctx, jobs)
+		if err != nil || len(jobs) == 0 {
+			return results, err
+		}
+		job, last := jobs[len(jobs)-1], results[len(jobs)-1]
+		for i, t := range job.Targets {
+			if r := &last[i]; r.Err == nil {
+				o := replicate.SeedOptions{DryRun: job.Options.DryRun}
+				o.Log = job.Options.Log
+				if _, err := replicate.RandomSeed(ctx, t, o); err != nil {
+					r.Err, r.Outcome = fmt.Errorf("cannot renew the random seed of %s: %w", t.Name, err), replicate.Failed
+				}
+			}
+		}
+		return results, nil
+	}
 }
 
 // replicate carries out what sync and verify have in common: guards, locks, the run, and the report.

@@ -2,8 +2,8 @@
 // boot counters, text entries (type 1), unified kernel images (type 2, UAPI.5) and loader.conf; and it says in which
 // order systemd-boot shows them, and which one it starts when nobody touches the keyboard.
 //
-// Where the specification leaves something open, systemd-boot decides (src/boot/boot.c, pe.c and efi-string.c of
-// systemd 257 to 261). The package opens no files and knows nothing of FAT: its callers hand it names, texts and readers.
+// Where the specification leaves something open, systemd-boot decides (boot.c, pe.c and efi-string.c in src/boot of
+// systemd 252 to 261). The package opens no files and knows nothing of FAT: its callers hand it names, texts and readers.
 package bls
 
 import (
@@ -148,7 +148,7 @@ func (n Name) String() string { return n.Base + n.Counter.String() + n.Suffix }
 func (n Name) Good() string { return n.Base + n.Suffix }
 
 // Key identifies the entry: two names with one key are the same entry in different states. It is the name without the
-// counter, its ASCII letters small: what systemd-boot 257 and later calls the entry. Case beyond ASCII, which the
+// counter, its ASCII letters small: what systemd-boot calls the entry since systemd 258 (pull request 38897). Case beyond ASCII, which the
 // specification bars from names, is the file system's matter.
 func (n Name) Key() string { return lower(n.Good()) }
 
@@ -168,8 +168,8 @@ func (n Name) Initial() string {
 }
 
 // ExtraDir returns the name of the directory beside a UKI that holds its add-ons, credentials and extensions:
-// "NAME.efi.extra.d", without a counter, as the image is renamed on each boot and the directory is not
-// (systemd-stub(7)). It is empty for a type 1 entry, whose companions are listed by its `extra` keys.
+// "NAME.efi.extra.d", without a counter, as the image is renamed on each boot and the directory is not:
+// systemd-stub(7) since 255 (pull request 29636). It is empty for a type 1 entry, whose companions are listed by its `extra` keys.
 func (n Name) ExtraDir() string {
 	if lower(n.Suffix) != suffixType2 {
 		return ""

@@ -150,11 +150,11 @@ func TestEveryDoubleCut(t *testing.T) {
 	b := Budget{Read: unlimited, Recover: unlimited, Twice: unlimited, TwiceStep: 1}
 	for _, g := range []Geometry{geometries[0].g, geometries[1].g, geometries[6].g, geometries[7].g} {
 		for name, trees := range map[string][2]Tree{
-			"replace":   {{"EFI/BOOT/BOOTX64.EFI": "MZ old"}, {"EFI/BOOT/BOOTX64.EFI": "MZ new, and longer"}},
-			"first run": {nil, {"EFI/BOOT/BOOTX64.EFI": "MZ"}},
+			"replace":   {{"EFI/BOOT/BOOTX64.EFI": fixtures.Program("old")}, {"EFI/BOOT/BOOTX64.EFI": fixtures.Program("new, and longer")}},
+			"first run": {nil, {"EFI/BOOT/BOOTX64.EFI": fixtures.Program("boot")}},
 			"two commits": {
-				{"EFI/Linux/a.efi": "MZ", "loader/entries/a.conf": "linux /EFI/Linux/a.efi\n", "vmlinuz-linux": "old"},
-				{"EFI/Linux/b.efi": "MZ", "loader/entries/b.conf": "linux /EFI/Linux/b.efi\n", "vmlinuz-linux": "new"},
+				{"EFI/Linux/a.efi": fixtures.Program("boot"), "loader/entries/a.conf": "linux /EFI/Linux/a.efi\n", "vmlinuz-linux": "old"},
+				{"EFI/Linux/b.efi": fixtures.Program("boot"), "loader/entries/b.conf": "linux /EFI/Linux/b.efi\n", "vmlinuz-linux": "new"},
 			},
 		} {
 			t.Run(name+"/"+g.String(), func(t *testing.T) {
@@ -205,7 +205,7 @@ func TestReplay(t *testing.T) {
 // TestShrink makes a scenario smaller that fails for the sake of one file and of one kind of wear.
 func TestShrink(t *testing.T) {
 	s := Generate(26)
-	s.After["EFI/Linux/culprit.efi"] = "MZ culprit"
+	s.After["EFI/Linux/culprit.efi"] = fixtures.Program("culprit")
 	s.Wear.Holes, s.Wear.Dirty = 10, true
 	n := 0
 	small, v := shrink(s, func(s *Scenario) *Violation {

@@ -143,7 +143,7 @@ func HandmadeScenarios() []*Handmade {
 	var all []*Handmade
 	add := func(name string, g Geometry, before, after, others Tree, w Wear, patch func(blockdev.Device) error, more ...string) {
 		sel := append(append([]string{}, selected...), more...)
-		all = append(all, &Handmade{&Scenario{Name: g.String() + " " + name, Geometry: g, Wear: w, Before: before, After: after, Others: others, Select: sel}, patch})
+		all = append(all, &Handmade{&Scenario{Name: g.String() + " " + name, Geometry: g, Wear: w, Before: before.programs(), After: after.programs(), Others: others.programs(), Select: sel}, patch})
 	}
 	add("replace", fat16, boot, replaced, microsoft, Wear{}, nil)
 	add("kernel update", fat16, kernels, updated, microsoft, Wear{}, nil)
