@@ -154,27 +154,29 @@ func (inv *invocation) randomSeed() (report, error) {
 			return nil, err
 		}
 	}
-	reasons := map[string]string{}
-	renewed := func(r replicate.SeedResult) replicate.Result {
-		reasons[r.Target] = r.Reason
-		return replicate.Result{Target: r.Target, Outcome: r.Outcome, Recovered: r.Recovered, Err: r.Err}
+	byMember, reasons := map[*member]*outcome{}, map[*member]string{}
+	renewed := func(t *member, r replicate.SeedResult) {
+		oc := &outcome{member: t, result: &replicate.Result{Target: t.name, Outcome: r.Outcome, Recovered: r.Recovered, Err: r.Err}}
+		if r.Err != nil {
+			oc.err = recoverHint(prefixed(m.verb, t.name, r.Err), t.name)
+		}
+		if r.Outcome == replicate.Refused {
+			oc.err = refusal{oc.err}
+		}
+		byMember[t], reasons[t] = oc, r.Reason
 	}
-	var primary *outcome
-	if p := m.primary; p.dir != "" {
-		primary = &outcome{member: p, err: p.err}
-		if p.err == nil {
-			seed, _ := replicate.RandomSeedDir(inv.ctx, p.dir, o) // the error is in the result
-			seed.Target = p.name
-			res := renewed(seed)
-			primary.result, primary.err = &res, res.Err
-			if res.Err != nil {
-				primary.err = prefixed(m.verb, p.name, res.Err)
-			}
-			if res.Outcome == replicate.Refused {
-				primary.err = refusal{primary.err}
-			}
+	if p := m.primary; p.dir != "" && p.err == nil {
+		seed, _ := replicate.RandomSeedDir(inv.ctx, p.dir, o) // the error is in the result
+		renewed(p, seed)
+	}
+	targets := m.openTargets(mode)
+	for _, t := range m.targets {
+		if t.place > 0 {
+			seed, _ := replicate.RandomSeed(inv.ctx, targets[t.place-1], o)
+			renewed(t, seed)
 		}
 	}
+<<<<<<< HEAD
 	var results []replicate.Result
 	for _, t := range m.openTargets(mode) {
 		seed, _ := replicate.RandomSeed(inv.ctx, t, o)
@@ -184,12 +186,22 @@ func (inv *invocation) randomSeed() (report, error) {
 	byMember := map[*member]*outcome{m.primary: primary}
 	for _, oc := range m.outcomesOf(results, nil) {
 		byMember[oc.member] = oc
+=======
+	m.close()
+	for _, t := range all {
+		switch oc := byMember[t]; {
+		case oc == nil:
+			byMember[t] = &outcome{member: t, err: t.err}
+		case oc.err == nil:
+			oc.err = t.err // what failed in closing it
+		}
+>>>>>>> wt-set
 	}
 	rep := &seedReport{DryRun: o.DryRun, Volumes: []seedVolume{}, quiet: inv.quiet}
 	e := &targetsError{verb: m.verb, total: len(all)}
 	for _, t := range all {
 		oc := byMember[t]
-		rep.add(oc, reasons[t.name])
+		rep.add(oc, reasons[t])
 		if oc.err != nil {
 			e.errs = append(e.errs, oc.err)
 		}
