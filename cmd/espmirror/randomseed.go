@@ -176,17 +176,6 @@ func (inv *invocation) randomSeed() (report, error) {
 			renewed(t, seed)
 		}
 	}
-<<<<<<< HEAD
-	var results []replicate.Result
-	for _, t := range m.openTargets(mode) {
-		seed, _ := replicate.RandomSeed(inv.ctx, t, o)
-		results = append(results, renewed(seed))
-	}
-	m.close() // what fails in closing a volume belongs to its outcome
-	byMember := map[*member]*outcome{m.primary: primary}
-	for _, oc := range m.outcomesOf(results, nil) {
-		byMember[oc.member] = oc
-=======
 	m.close()
 	for _, t := range all {
 		switch oc := byMember[t]; {
@@ -195,7 +184,6 @@ func (inv *invocation) randomSeed() (report, error) {
 		case oc.err == nil:
 			oc.err = t.err // what failed in closing it
 		}
->>>>>>> wt-set
 	}
 	rep := &seedReport{DryRun: o.DryRun, Volumes: []seedVolume{}, quiet: inv.quiet}
 	e := &targetsError{verb: m.verb, total: len(all)}
