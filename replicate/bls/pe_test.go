@@ -10,6 +10,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"espmirror/fixtures"
 )
 
 // sec is a section of an image made by makePE.
@@ -160,6 +162,36 @@ func TestRealImages(t *testing.T) {
 	}
 	if found == 0 {
 		t.Skip("systemd-boot-efi is not installed, and there is no kernel in out/judges/linux")
+	}
+}
+
+// The programs of the fixtures are images of their size, for debug/pe too.
+func TestFixtures(t *testing.T) {
+	for _, size := range []int64{0, 240, 241, 510, 5000, 1 << 20} {
+		content := fixtures.PE(size, 1)
+		b, err := io.ReadAll(content.Reader())
+		if err != nil || int64(len(b)) != max(size, 240) || content.Size != int64(len(b)) {
+			t.Fatal(len(b), err)
+		}
+		for what, b := range map[string]string{"PE": string(b), "Program": fixtures.Program(string(b)), "AsProgram": fixtures.AsProgram(string(b[:size/2]))} {
+			p, err := read([]byte(b))
+			if err != nil {
+				t.Fatalf("%s of %d bytes: %v", what, size, err)
+			}
+			ref, err := pe.NewFile(strings.NewReader(b))
+			if err != nil {
+				t.Fatal(err)
+			}
+			compare(t, p, ref)
+			if size > 240 {
+				if _, err := read([]byte(b[:len(b)-1])); !errors.Is(err, ErrPE) {
+					t.Errorf("%s of %d bytes without the last: %v", what, size, err)
+				}
+			}
+			if again := fixtures.AsProgram(b); again != b {
+				t.Errorf("%s of %d bytes is not itself as a program", what, size)
+			}
+		}
 	}
 }
 
