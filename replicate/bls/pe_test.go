@@ -325,7 +325,8 @@ func TestProfiles(t *testing.T) {
 	p, err := read(makePE(0, sec{".linux", "kernel"}, sec{".osrel", "ID=x\nNAME=X"}, sec{".cmdline", "quiet"},
 		sec{".profile", "ID=regular\nTITLE=Regular boot"},
 		sec{".profile", "ID=Factory-Reset\nTITLE=Reset"}, sec{".cmdline", "quiet reset"},
-		sec{".profile", ""}, sec{".cmdline", "quiet tm"}, sec{".osrel", "ID=y"}))
+		sec{".profile", ""}, sec{".cmdline", "quiet tm"}, sec{".osrel", "ID=y"},
+		sec{".profile", "ID=hidden"}, sec{".osrel", ""}))
 	if err != nil {
 		t.Fatal(err)
 	}
