@@ -117,5 +117,8 @@ func placeName(it *Item, old *fatdriver.Node, same bool) string {
 	case same && old != nil && entryKey(path.Dir(it.Path), old.Name()) == entryKey(path.Dir(it.Path), it.Name):
 		return old.Name()
 	}
-	return n.Initial()
+	if first, ok := bls.ParseName(n.Initial()); ok && first.State() != bls.Bad {
+		return n.Initial()
+	}
+	return n.Base + "+1" + n.Suffix // nothing says how many tries it had; one is the least that is not bad
 }

@@ -308,7 +308,7 @@ func (r *run) judgeStranger(s *side) error {
 
 // digest is the digest of a part of the source's tree.
 func (r *run) digest(sel *selection) (Digest, error) {
-	return treeDigest(r.src, sel, r.texts(r.opt.SourceGUID), r.hash)
+	return treeDigest(r.src, sel, r.texts(r.opt.SourceGUID), nil, r.hash)
 }
 
 // base is the generation that the source started from, and whether it was changed since. A target with the same tree
@@ -363,9 +363,18 @@ func (r *run) changedTarget(s *side, base *State) (bool, error) {
 	if err != nil {
 		return false, err
 	}
+	d, err := r.targetDigest(s, sel, nil)
+	interim := s.state.Interim != nil && d == *s.state.Interim
+	return d != s.state.Digest && !interim, err
+}
+
+// targetDigest is the digest of a part of a target's tree, by the words of its own set file. Files for which without is
+// true are left out; it may be nil.
+func (r *run) targetDigest(s *side, sel *selection, without func(*Item) bool) (Digest, error) {
 	src := s.source()
 	set := s.t.Set
 	if set == nil {
+		var err error
 		if set, err = ReadSet(src); err != nil {
 			set = nil // then its words are compared as they are
 		}
@@ -380,7 +389,7 @@ func (r *run) changedTarget(s *side, base *State) (bool, error) {
 			known[fatdriver.Fold(p)] = h
 		}
 	}
-	d, err := treeDigest(src, sel, texts, func(it *Item) ([32]byte, error) {
+	return treeDigest(src, sel, texts, without, func(it *Item) ([32]byte, error) {
 		if h, ok := known[fatdriver.Fold(it.Path)]; ok {
 			return h, nil
 		}
@@ -391,7 +400,6 @@ func (r *run) changedTarget(s *side, base *State) (bool, error) {
 		defer rd.Close()
 		return hashReader(rd, it.Size)
 	})
-	return d != s.state.Digest, err
 }
 
 // remember notes the generation on the source, before any target is told of it: so whatever a target claims to have,
@@ -416,10 +424,22 @@ func (r *run) remember(ctx context.Context) error {
 func (s *side) stateFile(r *run) *Item {
 	if s.file == nil {
 		text := s.record.Bytes()
-		s.file = &Item{Name: "state", Path: StatePath, Size: int64(len(text)), data: text,
-			Meta: fatdriver.Meta{Attr: fatdriver.AttrHidden | fatdriver.AttrSystem, Created: r.now(), Modified: r.now(), Accessed: r.now()}}
+		s.file = &Item{Name: "state", Path: StatePath, Size: int64(len(text)), data: text, Meta: r.stateMeta()}
 	}
 	return s.file
+}
+
+// stateMeta is what the entry of a state file says: like the journal it is not for the eyes of other systems.
+func (r *run) stateMeta() fatdriver.Meta {
+	return fatdriver.Meta{Attr: fatdriver.AttrHidden | fatdriver.AttrSystem, Created: r.now(), Modified: r.now(), Accessed: r.now()}
+}
+
+// ownDirWith wants our directory as it is, with another state file.
+func ownDirWith(own *fatdriver.Node, it *Item) *fatdriver.Want {
+	dir := fatdriver.Carry(own)
+	dir.Children = slices.DeleteFunc(dir.Children, func(w *fatdriver.Want) bool { return fatdriver.Fold(w.Name) == fatdriver.Fold(it.Name) })
+	dir.Children = append(dir.Children, &fatdriver.Want{Name: it.Name, Size: it.Size, Content: it, Meta: it.Meta})
+	return dir
 }
 
 // withState adds the state file to what is wanted of a target. It lies beside the journal; our directory is switched as
@@ -432,11 +452,7 @@ func (r *run) withState(s *side, points []switchPoint) []switchPoint {
 	if own == nil || !own.IsDir() {
 		return points // the journal comes first, and brings it
 	}
-	it := s.stateFile(r)
-	file := &fatdriver.Want{Name: it.Name, Size: it.Size, Content: it, Meta: it.Meta}
-	dir := fatdriver.Carry(own)
-	dir.Children = slices.DeleteFunc(dir.Children, func(w *fatdriver.Want) bool { return fatdriver.Fold(w.Name) == "STATE" })
-	dir.Children = append(dir.Children, file)
+	dir := ownDirWith(own, s.stateFile(r))
 	// Somebody may have selected EFI itself: then our directory is part of what is wanted there.
 	for i := range points {
 		p := &points[i]
@@ -513,7 +529,7 @@ func (r *run) foretold(s *side) error {
 
 // rehearsal is the side on another device, to try something there.
 func (s *side) rehearsal(dev blockdev.Device) *side {
-	d := &side{t: s.t, res: &Result{}, match: s.match, items: s.items, gone: s.gone, state: s.state, record: s.record, file: s.file,
+	d := &side{t: s.t, res: &Result{}, match: s.match, entries: s.entries, files: s.files, staged: s.staged, items: s.items, gone: s.gone, state: s.state, record: s.record, file: s.file,
 		count: blockdev.NewCounting(dev)}
 	d.dev = d.count
 	return d

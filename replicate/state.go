@@ -63,6 +63,9 @@ type State struct {
 	Exclude []string `json:"exclude,omitempty"`
 	// Past are the generations before, the newest first.
 	Past []Past `json:"past,omitempty"`
+	// Interim is the digest of the tree between the two transactions of a run that had to make room first; nil when the
+	// last run was not one of those, or is complete.
+	Interim *Digest `json:"interim,omitempty"`
 	// Source and Own are the fingerprints of the primary and of this volume at the end of the run; empty when not known.
 	Source string `json:"source_fingerprint,omitempty"`
 	Own    string `json:"own_fingerprint,omitempty"`

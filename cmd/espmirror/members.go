@@ -603,6 +603,9 @@ func (m *members) options(o replicate.Options) replicate.Options {
 	if m.esp != nil {
 		o.SourceGUID = m.esp.primary.guid()
 	}
+	if boot, err := gpt.Booted(m.inv.system); err == nil {
+		o.BootedEntry, o.DefaultEntry = boot.Entry, boot.Default
+	}
 	o.SourceTree = m.scanned
 	if o.Member = m.isMember(); o.Member {
 		o.Save = m.save
