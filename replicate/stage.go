@@ -158,9 +158,6 @@ func (r *run) keptEntries(s *side, menu []*bls.Entry) map[string]bool {
 	return keep
 }
 
-// errNothingToRemove is returned where no entry may go first.
-var errNothingToRemove = errors.New("nothing can be removed first")
-
 // removeFirst carries out the first of two transactions: it deletes entries, and then what only they refer to. Directories
 // are changed in place, which takes no room.
 func (r *run) removeFirst(s *side, entries, files []string) error {
