@@ -88,7 +88,8 @@ func (r *run) makePlan(s *side) error {
 		case err != nil:
 			return err
 		}
-		if len(plan.Blocks) == 0 {
+		// A target that is to remember the run needs the journal's directory for that, even when nothing else changes.
+		if len(plan.Blocks) == 0 && (s.record == nil || lookup(s.tree.Root, stateDir) != nil) {
 			s.res.Outcome = InSync
 			n := s.count.Counts() // of recovery, if there was any
 			s.res.Summary = Summary{BytesToWrite: n.BytesWritten, Flushes: int(n.Flushes), FreeBytes: plan.FreeBefore() * s.cluster(), FreeAfter: plan.FreeBefore() * s.cluster()}
