@@ -185,6 +185,11 @@ func (r *run) adapt() error {
 				break
 			}
 			if out := Rewrite(text, from, to); string(out) != string(text) {
+				if len(out) > maxEntryFile {
+					s.fail(refusal{fmt.Errorf("cannot sync %s: %s with the texts of this member would have %d bytes, and entries are read up to %d",
+						s.t.Name, f.Path, len(out), maxEntryFile)})
+					break
+				}
 				e := *f
 				e.data, e.Size = out, int64(len(out))
 				s.items[f] = &e
