@@ -140,7 +140,8 @@ func (r *run) planOnce(s *side) error {
 		case err != nil:
 			return err
 		}
-		if len(plan.Blocks) == 0 {
+		// A target that is to remember the run needs the journal's directory for that, even when nothing else changes.
+		if len(plan.Blocks) == 0 && (s.record == nil || lookup(s.tree.Root, stateDir) != nil) {
 			s.res.Outcome = InSync
 			n := s.count.Counts() // of recovery, if there was any
 			s.res.Summary = Summary{BytesToWrite: n.BytesWritten, Flushes: int(n.Flushes), FreeBytes: plan.FreeBefore() * s.cluster(), FreeAfter: plan.FreeBefore() * s.cluster()}
@@ -190,9 +191,29 @@ func (r *run) steps(s *side, points []switchPoint) (*fatdriver.Plan, error) {
 	if plan, err := r.inOneSector(s, anchors(points)); plan != nil || err != nil {
 		return plan, err
 	}
+	// What the target remembers of the run comes last: if the rest is never finished, it must not say that it was.
+	points, note := cutState(points)
+	newPlan := func(steps ...fatdriver.Step) (*fatdriver.Plan, error) {
+		return s.tree.NewPlan(append(steps, anchors(note)), r.opt.KeepFree)
+	}
+	if len(note) > 0 {
+		plan, err := s.tree.NewPlan([]fatdriver.Step{anchors(points)}, r.opt.KeepFree)
+		if err != nil {
+			return nil, err
+		}
+		if len(plan.Blocks) <= 1 {
+			return newPlan(anchors(points))
+		}
+		if plan, err = r.inOneSector(s, anchors(points)); err != nil {
+			return nil, err
+		}
+		if plan != nil {
+			return newPlan(whole(anchors(points)))
+		}
+	}
 	payload, entries, bound := r.sortPoints(s, points)
 	if len(bound) == 0 || len(entries) == 0 {
-		return s.tree.NewPlan([]fatdriver.Step{append(anchors(payload), anchors(bound)...), anchors(entries)}, r.opt.KeepFree)
+		return newPlan(append(anchors(payload), anchors(bound)...), anchors(entries))
 	}
 	together := append(anchors(entries), anchors(bound)...)
 	plan, err = r.inOneSector(s, together)
@@ -200,13 +221,14 @@ func (r *run) steps(s *side, points []switchPoint) (*fatdriver.Plan, error) {
 		return nil, err
 	}
 	if plan != nil {
-		return s.tree.NewPlan([]fatdriver.Step{anchors(payload), whole(together)}, r.opt.KeepFree)
+		return newPlan(anchors(payload), whole(together))
 	}
 	// The files of old and new entries are there side by side for a moment, so what an entry refers to cannot be moved
 	// from one name to another: it would be in two places at once.
 	if points, _, err = r.wants(s, true); err != nil {
 		return nil, err
 	}
+	points, note = cutState(points)
 	payload, entries, bound = r.sortPoints(s, points)
 	first := anchors(payload)
 	for _, p := range bound {
@@ -217,7 +239,19 @@ func (r *run) steps(s *side, points []switchPoint) (*fatdriver.Plan, error) {
 		u.New = union(p.New, p.Old)
 		first = append(first, u)
 	}
-	return s.tree.NewPlan([]fatdriver.Step{first, anchors(entries), anchors(bound)}, r.opt.KeepFree)
+	return newPlan(first, anchors(entries), anchors(bound))
+}
+
+// cutState parts the state file's directory from what is replicated.
+func cutState(points []switchPoint) (rest, state []switchPoint) {
+	for _, p := range points {
+		if p.path == stateDir {
+			state = append(state, p)
+		} else {
+			rest = append(rest, p)
+		}
+	}
+	return rest, state
 }
 
 // inOneSector plans a step so that each of its entries switches whole. It returns nil when that takes more than one

@@ -99,7 +99,7 @@ func TestMakesRoom(t *testing.T) {
 		}
 	})
 	t.Run("a member", func(t *testing.T) {
-		a, b := newMember(t, "a", guidA, geometries[2]), &aMember{"b", guidB, stageVolume(t, old)}
+		a, b := newMember(t, "a", guidA, geometries[2]), &aMember{name: "b", guid: guidB, dev: stageVolume(t, old)}
 		load := func(tree map[string]string) {
 			t.Helper()
 			if res := syncMem(t, newMemSource(tree), a.dev, Options{Selection: stageSelect, Force: true}); res.Err != nil {

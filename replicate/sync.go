@@ -103,6 +103,9 @@ func SyncAll(ctx context.Context, jobs []Job) ([][]Result, error) {
 	for _, j := range jobs {
 		r, err := begin(j.Source, j.Targets, j.Options)
 		if err == nil {
+			err = r.wholeSource()
+		}
+		if err == nil {
 			err = r.saneSource()
 		}
 		if err != nil {
