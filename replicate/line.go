@@ -240,7 +240,7 @@ func (r *run) judge() error {
 			}
 			in.Verdict, why = compareLines(lineageSide{base, changed}, lineageSide{s.state, own})
 		}
-		err := in.Verdict.refuse(why, r.src.Name(), s.t.Name)
+		err := in.Verdict.refuse(why, r.sourceAs(), r.opt.SourceMount, s.t.as())
 		if err != nil && r.opt.Force {
 			r.log.Warn("forced", "target", s.t.Name, "overruled", err.Error())
 			in.Forced = true
@@ -279,6 +279,14 @@ func (r *run) judge() error {
 	return nil
 }
 
+// sourceAs is how a hint names the source.
+func (r *run) sourceAs() string {
+	if r.opt.SourceAs != "" {
+		return r.opt.SourceAs
+	}
+	return r.src.Name()
+}
+
 func (r *run) now() time.Time {
 	if r.opt.Now.IsZero() {
 		return time.Now()
@@ -294,7 +302,7 @@ func (r *run) judgeStranger(s *side) error {
 	err := s.stateErr
 	if err == nil {
 		v, why := compareLines(lineageSide{}, lineageSide{state: s.state})
-		err = v.refuse(why, r.src.Name(), s.t.Name)
+		err = v.refuse(why, r.sourceAs(), r.opt.SourceMount, s.t.as())
 		s.res.Lineage = &Lineage{Verdict: v, Generation: s.state.Generation, Last: s.state.UpdatedAt(), Forced: r.opt.Force}
 	} else {
 		err = &Hint{refusal{err}, "--force overwrites what is there"}

@@ -46,13 +46,13 @@ func day(m *machine) {
 		m.files[p] = text
 		m.write(filepath.Join(m.dir, "tree", p), text)
 	}
-	m.run("sync --primary tree --target " + filepath.Join(m.root, "dev/sda")).want(0)
+	dev := m.dev
+	m.run("sync --primary tree --target " + dev(a)).want(0)
 	m.kernel(a, "6.1.0", "")
 	m.check(a)
 	m.boot(a)
 
 	m.story("The others are added, and are in sync")
-	dev := func(d *member) string { return filepath.Join(m.root, "dev", d.disk) }
 	m.run("status").has("ok")
 	m.run("add -n " + dev(b) + " " + dev(c)).want(0).has("to be added " + b.guid)
 	// Their entries do not know yet that each disk has a root of its own.
@@ -101,6 +101,19 @@ func day(m *machine) {
 	m.check(a, b, c)
 	m.run("verify").want(0)
 
+	if m.loops {
+		m.story("A change on the primary while it is mounted")
+		m.mount(a)
+		m.files["loader/loader.conf"] = "timeout 4\n"
+		m.write(filepath.Join(a.mnt, "loader/loader.conf"), "timeout 4\n")
+		m.run("sync").want(0).has("its mount point is the source", "synced")
+		m.check(b, c)
+		m.run("verify").want(0)
+		m.umount(a)
+		m.run("status").want(0)
+		m.check(a, b, c)
+	}
+
 	m.story("The third disk is away, and life goes on")
 	m.unplug(c)
 	m.kernel(a, "6.3.0", "+3")
@@ -129,6 +142,19 @@ func day(m *machine) {
 		m.t.Errorf("status says %q and %q", s.state(a), s.state(b))
 	}
 	m.run("verify").want(4)
+	if m.loops {
+		m.story("The same while the stale one is mounted")
+		m.mount(c)
+		m.run("status").want(6)
+		mounted := m.run("sync").want(6).has("unmount " + c.mnt)
+		for _, cmd := range mounted.hints() {
+			m.sh(cmd + " -n").want(6).has("mounted on " + c.mnt)
+		}
+		m.umount(c)
+		for _, cmd := range mounted.hints() {
+			m.sh(cmd + " -n").want(4)
+		}
+	}
 	m.story("What the message says, letter by letter")
 	hints := r.hints()
 	if len(hints) == 0 {
@@ -258,7 +284,7 @@ func (m *machine) freshSeeds(ds ...*member) {
 		seen[d.own[seedPath]] = true
 	}
 	for _, d := range ds {
-		seed := m.run("cat " + filepath.Join(m.root, "dev", d.disk) + " " + seedPath).want(0).stdout
+		seed := m.run("cat " + m.dev(d) + " " + seedPath).want(0).stdout
 		if len(seed) != 32 || seen[seed] {
 			m.t.Errorf("the random seed of %s has %d bytes, or is not its own and new", d.disk, len(seed))
 		}

@@ -36,7 +36,10 @@ type member struct {
 	own    map[string]string // files that belong to it alone
 	count  map[string]string // boot counters of its entries, by the path without them
 	image  string            // where it lies, plugged in or not
-	node   string            // what mtools opens; "" when it is not plugged in
+	node   string            // the device or image; "" when it is not plugged in
+	vol    string            // what mtools opens for the ESP
+	part   string            // the device of the ESP, on loop devices
+	mnt    string            // where it is mounted, "" when it is not
 	sector []byte            // the boot sector, as it must stay
 	table  [32]byte          // hash of all that is not the ESP
 }
@@ -92,11 +95,11 @@ func newMachine(t *testing.T, bin string, loops bool) *machine {
 	m.write(filepath.Join(m.root, "proc/self/mountinfo"), "")
 	m.write(filepath.Join(m.root, "proc/swaps"), "")
 	// So that a command can be run as a message prints it.
-	script := fmt.Sprintf("#!/bin/sh\nexec %s/espmirror.bin --system-root=%s \"$@\"\n", bin, m.root)
-	m.must(os.WriteFile(filepath.Join(m.path, "espmirror"), []byte(script), 0o755))
-	for _, p := range []string{"mkdisk", "powercut"} {
-		m.must(os.Symlink(filepath.Join(bin, p+".bin"), filepath.Join(m.path, p)))
+	for _, p := range []string{"espmirror", "powercut"} {
+		script := fmt.Sprintf("#!/bin/sh\nexec %s/%s.bin --system-root=%s \"$@\"\n", bin, p, m.root)
+		m.must(os.WriteFile(filepath.Join(m.path, p), []byte(script), 0o755))
 	}
+	m.must(os.Symlink(filepath.Join(bin, "mkdisk.bin"), filepath.Join(m.path, "mkdisk")))
 	return m
 }
 
@@ -178,7 +181,7 @@ func (r *result) hints() []string {
 // state is what status says of a volume: the last column.
 func (r *result) state(of *member) string {
 	for line := range strings.Lines(r.stdout) {
-		if strings.Contains(line, of.guid) || strings.Contains(line, "/dev/"+of.disk+"@@") {
+		if strings.Contains(line, of.guid) {
 			f := strings.Split(strings.TrimRight(line, "\n"), "  ")
 			return strings.TrimSpace(f[len(f)-1])
 		}
@@ -213,7 +216,8 @@ func (m *machine) size(path string) int64 {
 // identity is what no sync may change: the boot sector, and everything around the ESP.
 func (m *machine) identity(d *member) ([]byte, [32]byte) {
 	m.t.Helper()
-	f, err := os.Open(d.node)
+	m.flush(d)
+	f, err := os.Open(d.image)
 	m.must(err)
 	defer f.Close()
 	sector := make([]byte, 512)
@@ -230,44 +234,100 @@ func (m *machine) identity(d *member) ([]byte, [32]byte) {
 // plug makes the machine see a disk.
 func (m *machine) plug(d *member) {
 	m.t.Helper()
-	node, num := d.image, fmt.Sprintf("8:%d", 16*m.next)
-	m.next++
-	if m.loops {
-		out, err := exec.Command("losetup", "--find", "--show", d.image).CombinedOutput()
+	if !m.loops {
+		m.next++
+		d.node, d.vol = d.image, fmt.Sprintf("%s@@%d", d.image, partOff)
+		m.device(d.disk, d.disk, d.image, fmt.Sprintf("8:%d", 16*m.next), m.size(d.image), nil)
+		return
+	}
+	var nums []string
+	attach := func(options ...string) string {
+		out, err := exec.Command("losetup", append(options, "--find", "--show", d.image)...).CombinedOutput()
 		if err != nil {
 			m.t.Skipf("skipped: day on loop devices: losetup: %s", out)
 		}
-		node = strings.TrimSpace(string(out))
+		node := strings.TrimSpace(string(out))
 		text, err := os.ReadFile("/sys/class/block/" + filepath.Base(node) + "/dev")
 		m.must(err)
-		num = strings.TrimSpace(string(text))
-		m.t.Cleanup(func() {
-			if d.node == node {
-				m.unplug(d)
-			}
-		})
+		nums = append(nums, strings.TrimSpace(string(text)))
+		return node
 	}
-	dir := filepath.Join(m.root, "sys/devices", d.disk)
+	d.node = attach()
+	m.t.Cleanup(func() {
+		if d.node != "" {
+			m.unplug(d)
+		}
+	})
+	// The partition has a node of its own, as it has on a machine.
+	d.part = attach("--offset", fmt.Sprint(partOff), "--sizelimit", fmt.Sprint(d.espLen))
+	d.vol = d.part
+	m.device(d.disk, d.disk, d.node, nums[0], m.size(d.image), nil)
+	m.device(d.disk+"1", d.disk+"/"+d.disk+"1", d.part, nums[1], d.espLen,
+		map[string]string{"partition": "1", "start": fmt.Sprint(partOff / 512)})
+}
+
+// device adds a device to the machine's /sys and /dev.
+func (m *machine) device(name, path, node, num string, size int64, more map[string]string) {
+	m.t.Helper()
+	dir := filepath.Join(m.root, "sys/devices", path)
 	m.write(filepath.Join(dir, "dev"), num+"\n")
-	m.write(filepath.Join(dir, "uevent"), "DEVNAME="+d.disk+"\n")
-	m.write(filepath.Join(dir, "size"), fmt.Sprintf("%d\n", m.size(d.image)/512))
-	m.must(os.Symlink(node, filepath.Join(m.root, "dev", d.disk)))
-	m.must(os.Symlink("../../devices/"+d.disk, filepath.Join(m.root, "sys/class/block", d.disk)))
-	d.node = node
+	m.write(filepath.Join(dir, "uevent"), "DEVNAME="+name+"\n")
+	m.write(filepath.Join(dir, "size"), fmt.Sprintf("%d\n", size/512))
+	for file, text := range more {
+		m.write(filepath.Join(dir, file), text+"\n")
+	}
+	m.must(os.Symlink(node, filepath.Join(m.root, "dev", name)))
+	m.must(os.Symlink("../../devices/"+path, filepath.Join(m.root, "sys/class/block", name)))
+}
+
+// dev is how the machine calls the ESP of a disk.
+func (m *machine) dev(d *member) string {
+	if m.loops {
+		return filepath.Join(m.root, "dev", d.disk+"1")
+	}
+	return filepath.Join(m.root, "dev", d.disk)
 }
 
 // unplug takes a disk away.
 func (m *machine) unplug(d *member) {
 	m.t.Helper()
-	for _, p := range []string{"sys/class/block/" + d.disk, "dev/" + d.disk} {
-		m.must(os.Remove(filepath.Join(m.root, p)))
-	}
+	nodes := map[string]string{d.disk: d.node}
 	if m.loops {
-		if out, err := exec.Command("losetup", "-d", d.node).CombinedOutput(); err != nil {
-			m.t.Errorf("losetup -d %s: %s", d.node, out)
+		nodes[d.disk+"1"] = d.part
+	}
+	for name, node := range nodes {
+		for _, p := range []string{"sys/class/block/" + name, "dev/" + name} {
+			m.must(os.Remove(filepath.Join(m.root, p)))
+		}
+		if m.loops {
+			if out, err := exec.Command("losetup", "-d", node).CombinedOutput(); err != nil {
+				m.t.Errorf("losetup -d %s: %s", node, out)
+			}
 		}
 	}
-	d.node = ""
+	d.node, d.part, d.vol = "", "", ""
+}
+
+// mount makes the machine believe that an ESP is mounted. What is there is a copy, which umount writes back.
+func (m *machine) mount(d *member) string {
+	m.t.Helper()
+	d.mnt = filepath.Join(m.dir, "efi")
+	m.run("extract -q --to " + d.mnt + " " + m.dev(d)).want(0)
+	text, err := os.ReadFile("/sys/class/block/" + filepath.Base(d.part) + "/dev")
+	m.must(err)
+	m.write(filepath.Join(m.root, "proc/self/mountinfo"), fmt.Sprintf("36 35 %s / %s rw - vfat %s rw\n", strings.TrimSpace(string(text)), d.mnt, m.dev(d)))
+	return d.mnt
+}
+
+func (m *machine) umount(d *member) {
+	m.t.Helper()
+	m.write(filepath.Join(m.root, "proc/self/mountinfo"), "")
+	m.must(os.Remove(filepath.Join(d.mnt, "EFI/espmirror/journal"))) // it is bound to its place on the volume
+	names, err := filepath.Glob(filepath.Join(d.mnt, "*"))
+	m.must(err)
+	m.mtools(d, append(append([]string{"mcopy", "-s", "-o", "-Q"}, names...), "::")...)
+	m.must(os.RemoveAll(d.mnt))
+	d.mnt = ""
 }
 
 // boot starts the machine from a disk: that is then the primary.
@@ -282,7 +342,7 @@ func (m *machine) boot(d *member) {
 
 func (m *machine) mtools(d *member, args ...string) {
 	m.t.Helper()
-	c := exec.Command(args[0], append([]string{"-i", fmt.Sprintf("%s@@%d", d.node, partOff)}, args[1:]...)...)
+	c := exec.Command(args[0], append([]string{"-i", d.vol}, args[1:]...)...)
 	c.Env = append(c.Environ(), "MTOOLS_SKIP_CHECK=1")
 	if out, err := c.CombinedOutput(); err != nil {
 		m.t.Fatalf("%s on %s: %v\n%s", strings.Join(args, " "), d.disk, err, out)
@@ -294,7 +354,7 @@ func (m *machine) copyIn(d *member, path, text string) {
 	m.t.Helper()
 	parts := strings.Split(path, "/")
 	for i := 1; i < len(parts); i++ {
-		c := exec.Command("mmd", "-i", fmt.Sprintf("%s@@%d", d.node, partOff), "-D", "s", "::"+strings.Join(parts[:i], "/"))
+		c := exec.Command("mmd", "-i", d.vol, "-D", "s", "::"+strings.Join(parts[:i], "/"))
 		_ = c.Run() // it may be there
 	}
 	tmp := filepath.Join(m.dir, "copied")
@@ -378,9 +438,13 @@ func content(c fixtures.Content) string {
 // flush writes what the cache of a loop device holds to the image behind it, where the judges read.
 func (m *machine) flush(d *member) {
 	m.t.Helper()
-	f, err := os.OpenFile(d.node, os.O_RDWR, 0)
-	m.must(err)
-	m.must(errors.Join(f.Sync(), f.Close()))
+	for _, node := range []string{d.node, d.part} {
+		if node != "" {
+			f, err := os.OpenFile(node, os.O_RDWR, 0)
+			m.must(err)
+			m.must(errors.Join(f.Sync(), f.Close()))
+		}
+	}
 }
 
 // check reads members with fsck.fat and mtools: the files of the set, each with its own words and counters, and all that
