@@ -17,9 +17,10 @@ func (inv *invocation) syncCommand() *cli.Command {
 	return &cli.Command{
 		Name:  "sync",
 		Usage: "make the selected files of each target those of the primary",
-		UsageText: "espmirror sync [OPTIONS] --primary VOLUME --target VOLUME [--target VOLUME]...\n" +
-			"espmirror sync --dry-run --primary VOLUME --target VOLUME",
-		Description: "An interrupted earlier run is finished first. A power cut at any moment leaves on each target the old\n" +
+		UsageText: "espmirror sync [OPTIONS]\n" +
+			"espmirror sync [OPTIONS] --primary VOLUME --target VOLUME [--target VOLUME]...",
+		Description: "With no volume named, from the ESP that was booted to the other members of its replica set.\n" +
+			"An interrupted earlier run is finished first. A power cut at any moment leaves on each target the old\n" +
 			"files or the new ones. With --dry-run the whole plan is printed, and nothing is written.",
 		Flags: append(append(setFlags(), selectFlags()...),
 			&cli.BoolFlag{Name: "dry-run", Aliases: []string{"n"}, Usage: "print what would be done, and write nothing", DisableDefaultText: true},
@@ -66,6 +67,9 @@ func (inv *invocation) sync() (report, error) {
 		return nil, usagef("--random-seed=%s is not yes or no", v)
 	}
 	o.Force = inv.flag("force")
+	if _, _, err := inv.timeout(); err != nil {
+		return nil, err
+	}
 	m, err := inv.newMembers("sync")
 	if err != nil {
 		return nil, err
@@ -102,6 +106,9 @@ func (inv *invocation) replicate(m *members, o replicate.Options, run engineRun,
 	}
 	for _, x := range m.volumes() {
 		x.inspect()
+	}
+	if m.verb == "sync" {
+		m.together()
 	}
 	mode := blockdev.ReadOnly
 	if write {
@@ -272,6 +279,9 @@ func (r *runReport) print(o *output) {
 		}
 		t.print(o)
 		return
+	}
+	if len(r.Targets) == 0 {
+		return // the log has said that the set has no other member
 	}
 	t := newTable("TARGET", "OUTCOME", "CHANGES", "WRITTEN", "FREE", "RECOVERY")
 	for _, x := range r.Targets {
