@@ -15,8 +15,8 @@ import (
 // treeDigest is the digest of the selected part of a tree in the form that all members share: names folded and without
 // boot counters, of loader entries the text with the member's own words replaced by what they stand for. Times and
 // attributes have no part in it, nor have directories: on a target one may stay for the sake of what is not replicated.
-// hash gives the SHA-256 of a file.
-func treeDigest(src Source, sel *selection, texts map[string]string, hash func(*Item) ([32]byte, error)) (Digest, error) {
+// What lies in but is left out. hash gives the SHA-256 of a file.
+func treeDigest(src Source, sel, but *selection, texts map[string]string, hash func(*Item) ([32]byte, error)) (Digest, error) {
 	var lines []string
 	var add func(it *Item, key string) error
 	add = func(it *Item, key string) error {
@@ -29,6 +29,9 @@ func treeDigest(src Source, sel *selection, texts map[string]string, hash func(*
 					return err
 				}
 			}
+			return nil
+		}
+		if but != nil && but.takes(it.Path) {
 			return nil
 		}
 		var sum [32]byte
@@ -47,7 +50,14 @@ func treeDigest(src Source, sel *selection, texts map[string]string, hash func(*
 		lines = append(lines, hex.EncodeToString(sum[:])+" "+key)
 		return nil
 	}
-	for _, a := range sel.anchors {
+	anchors := sel.anchors
+	if sel.everything() {
+		anchors = nil // and what has come to the root since
+		for _, c := range src.Root().Children {
+			anchors = append(anchors, c.Path)
+		}
+	}
+	for _, a := range anchors {
 		if it := src.Root().lookup(a); it != nil {
 			if err := add(it, path.Join(fatdriver.Fold(path.Dir(it.Path)), entryKey(path.Dir(it.Path), it.Name))); err != nil {
 				return Digest{}, err
@@ -108,6 +118,13 @@ func fingerprint(tree *fatdriver.Tree, sel *selection) string {
 		}
 	}
 	anchors := slices.Clone(sel.anchors)
+	if sel.everything() {
+		for _, c := range tree.Root.Children {
+			if !sel.covers(c.Name()) {
+				anchors = append(anchors, c.Name())
+			}
+		}
+	}
 	slices.Sort(anchors)
 	for _, a := range anchors {
 		if n := lookup(tree.Root, a); n != nil {

@@ -461,7 +461,7 @@ func FuzzState(f *testing.F) {
 			t.Fatal(err)
 		}
 		if sel, err := st.selection(); err == nil {
-			if _, err := treeDigest(newMemSource(withFiles(nil)), sel, nil, func(*Item) ([32]byte, error) { return [32]byte{}, nil }); err != nil {
+			if _, err := treeDigest(newMemSource(withFiles(nil)), sel, nil, nil, func(*Item) ([32]byte, error) { return [32]byte{}, nil }); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -763,4 +763,118 @@ func TestEntryTokenGoes(t *testing.T) {
 	a.write(t, without)
 	res, err = a.sync(t, o, b2)
 	expectResults(t, "changed there", res, err, ErrDiverged)
+}
+
+// TestOtherSelection changes the selection from run to run. What one run does not look at is not forgotten by it.
+func TestOtherSelection(t *testing.T) {
+	narrow := Options{Selection: Selection{Select: []string{"loader"}}}
+	begin := func(t *testing.T) (a, b *aMember) {
+		ms := newMembers(t, geometries[0], nil, "a", "b")
+		ms[0].write(t, lineageTree("v1"))
+		res, err := ms[0].sync(t, Options{}, ms[1])
+		expectResults(t, "first", res, err, Synced)
+		return ms[0], ms[1]
+	}
+	loader := func(t *testing.T, m *aMember, text string) {
+		m.edit(t, map[string]*string{"loader/loader.conf": ptr(text)})
+	}
+	uki := func(t *testing.T, m *aMember, text string) {
+		m.edit(t, map[string]*string{"EFI/Linux/v1.efi": ptr(text)})
+	}
+	run := func(t *testing.T, what string, from *aMember, o Options, to *aMember, want any) {
+		t.Helper()
+		res, err := from.sync(t, o, to)
+		if refused, ok := want.(error); ok {
+			expectResults(t, what, res, err, refused)
+		} else if err != nil || res[0].Err != nil {
+			t.Errorf("%s: %v, %v", what, err, res[0].Err)
+		}
+	}
+	t.Run("nothing happened in between", func(t *testing.T) {
+		a, b := begin(t)
+		loader(t, a, "timeout 4\n")
+		run(t, "narrow", a, narrow, b, Synced)
+		run(t, "wide", a, Options{}, b, InSync)
+		uki(t, a, "MZ two")
+		run(t, "narrow", a, narrow, b, InSync)
+		run(t, "wide", a, Options{}, b, Synced)
+		for _, m := range []*aMember{a, b} {
+			if st := m.state(t); len(st.Rest) > 0 || !st.same(a.state(t)) {
+				t.Errorf("%+v", st)
+			}
+		}
+		judge(t, b.dev, 2, map[string]string{"loader/loader.conf": "timeout 4\n", "EFI/BOOT/BOOTX64.EFI": "MZ boot", "EFI/Linux/v1.efi": "MZ two"})
+		run(t, "back", b, Options{}, a, InSync)
+	})
+	t.Run("a newer target that looks the same", func(t *testing.T) {
+		a, b := begin(t)
+		c := newMember(t, "c", guidC, geometries[0])
+		uki(t, b, "MZ newer")
+		run(t, "b goes on", b, Options{}, c, Synced)
+		run(t, "narrow", a, narrow, b, InSync)
+		run(t, "wide", a, Options{}, b, ErrDiverged)
+		if b.files(t)["EFI/Linux/v1.efi"] != "MZ newer" {
+			t.Error("lost")
+		}
+	})
+	t.Run("the target was changed before", func(t *testing.T) {
+		a, b := begin(t)
+		uki(t, b, "MZ by b")
+		run(t, "narrow", a, narrow, b, InSync)
+		run(t, "wide", a, Options{}, b, ErrDiverged)
+	})
+	t.Run("the target was changed afterwards", func(t *testing.T) {
+		a, b := begin(t)
+		loader(t, a, "timeout 4\n")
+		run(t, "narrow", a, narrow, b, Synced)
+		uki(t, b, "MZ by b")
+		loader(t, a, "timeout 5\n")
+		run(t, "narrow", a, narrow, b, Synced) // that is not its business
+		run(t, "wide", a, Options{}, b, ErrDiverged)
+		run(t, "something else", a, Options{Selection: Selection{Select: []string{"EFI/BOOT"}}}, b, InSync)
+		run(t, "wide", a, Options{}, b, ErrDiverged)
+		run(t, "forced", a, Options{Force: true}, b, Synced)
+		run(t, "wide", a, Options{}, b, InSync)
+	})
+	t.Run("the source was changed before", func(t *testing.T) {
+		a, b := begin(t)
+		loader(t, a, "timeout 4\n")
+		uki(t, a, "MZ by a")
+		run(t, "narrow", a, narrow, b, Synced)
+		run(t, "wide, from b", b, Options{}, a, ErrDiverged)
+		run(t, "wide", a, Options{}, b, Synced)
+		run(t, "wide, from b", b, Options{}, a, InSync)
+	})
+	t.Run("the source was changed afterwards", func(t *testing.T) {
+		a, b := begin(t)
+		loader(t, a, "timeout 4\n")
+		run(t, "narrow", a, narrow, b, Synced)
+		uki(t, a, "MZ by a")
+		run(t, "wide, from b", b, Options{}, a, ErrDiverged)
+		run(t, "wide", a, Options{}, b, Synced)
+	})
+	t.Run("an exclusion comes and goes", func(t *testing.T) {
+		a, b := begin(t)
+		but := Options{Selection: testSelect}
+		but.Selection.Exclude = []string{"v1*"}
+		loader(t, a, "timeout 4\n")
+		run(t, "without", a, but, b, Synced)
+		uki(t, b, "MZ by b")
+		run(t, "with", a, Options{}, b, ErrDiverged)
+	})
+	t.Run("everything", func(t *testing.T) {
+		a, b := begin(t)
+		all := Options{Selection: Selection{Select: []string{"/"}}}
+		run(t, "everything", a, all, b, Synced)
+		run(t, "again", a, all, b, InSync)
+		b.edit(t, map[string]*string{"new in the root/x": ptr("by b")})
+		for _, fp := range []bool{false, true} {
+			all.Fingerprint = fp
+			run(t, "a new directory in the root", a, all, b, ErrStaleSource)
+		}
+		run(t, "from b", b, all, a, Synced)
+		if a.files(t)["new in the root/x"] != "by b" {
+			t.Error("it did not come")
+		}
+	})
 }

@@ -736,7 +736,7 @@ func newWalk(t *testing.T, seed uint64, stats map[string]int) *walk {
 
 // TestModel walks. ESPMIRROR_SEED is the first of ESPMIRROR_SEEDS seeds.
 func TestModel(t *testing.T) {
-	first, seeds := uint64(1), 24
+	first, seeds := uint64(1), 16
 	if testing.Short() {
 		seeds = 6
 	}
