@@ -330,13 +330,13 @@ func TestNearlyFull(t *testing.T) {
 // TestKindsChange takes trees through changes of kind and case, there and back.
 func TestKindsChange(t *testing.T) {
 	base := map[string]string{
-		"loader/loader.conf": "x", "EFI/BOOT/BOOTX64.EFI": "MZ", "EFI/Linux/file": "a file", "EFI/Linux/dir/a": "1", "EFI/Linux/dir/b/c": "2",
-		"EFI/Linux/Mixed Case.conf": "m", "EFI/Linux/short.efi": "s", "EFI/Linux/swap1": strings.Repeat("1", 900), "EFI/Linux/swap2": strings.Repeat("2", 900),
+		"loader/loader.conf": "x", "EFI/BOOT/BOOTX64.EFI": fixtures.Program("boot"), "EFI/Linux/file": "a file", "EFI/Linux/dir/a": "1", "EFI/Linux/dir/b/c": "2",
+		"EFI/Linux/Mixed Case.conf": "m", "EFI/Linux/short.efi": fixtures.Program("s"), "EFI/Linux/swap1": strings.Repeat("1", 900), "EFI/Linux/swap2": strings.Repeat("2", 900),
 		"EFI/Linux/grows": "g", "EFI/Linux/empty": "",
 	}
 	moved := map[string]string{
-		"loader/loader.conf": "x", "EFI/BOOT/BOOTX64.EFI": "MZ", "EFI/Linux/file/now/a/dir": "a file", "EFI/Linux/dir": "now a file",
-		"EFI/Linux/MIXED CASE.CONF": "m", "EFI/Linux/SHORT.EFI": "s", "EFI/Linux/swap1": strings.Repeat("2", 900), "EFI/Linux/swap2": strings.Repeat("1", 900),
+		"loader/loader.conf": "x", "EFI/BOOT/BOOTX64.EFI": fixtures.Program("boot"), "EFI/Linux/file/now/a/dir": "a file", "EFI/Linux/dir": "now a file",
+		"EFI/Linux/MIXED CASE.CONF": "m", "EFI/Linux/SHORT.EFI": fixtures.Program("s"), "EFI/Linux/swap1": strings.Repeat("2", 900), "EFI/Linux/swap2": strings.Repeat("1", 900),
 		"EFI/Linux/grows": strings.Repeat("g", 5000), "EFI/Linux/empty": "no more",
 	}
 	anchors := maps.Clone(base)

@@ -31,6 +31,7 @@ type Lineage struct {
 	Verdict    Verdict
 	Forced     bool      // the verdict was overridden
 	Generation uint64    // the target's before the run, 0 when it has none
+	Base       uint64    // the generation that the source was at, 0 when it had none
 	Source     uint64    // the generation that the source is at, or comes to by this run
 	Last       time.Time // when the target's last run ended by the clock of then; zero when not known
 }
@@ -80,7 +81,7 @@ func (r *run) begun() error {
 	if !r.opt.Member {
 		return nil
 	}
-	st, err := readState(r.src)
+	st, err := ReadState(r.src)
 	var lost error
 	switch {
 	case errors.Is(err, ErrState) && r.opt.Force:
@@ -228,7 +229,7 @@ func (r *run) judge() error {
 	}
 	read := slices.DeleteFunc(slices.Clone(sides), func(s *side) bool {
 		if s.skip {
-			s.res.Lineage = &Lineage{Verdict: Equal, Generation: s.state.Generation, Source: s.state.Generation, Last: s.state.UpdatedAt()}
+			s.res.Lineage = &Lineage{Verdict: Equal, Generation: s.state.Generation, Base: s.state.Generation, Source: s.state.Generation, Last: s.state.UpdatedAt()}
 		}
 		return s.skip
 	})
@@ -270,7 +271,7 @@ func (r *run) judge() error {
 				continue
 			}
 		}
-		err := in.Verdict.refuse(why, r.src.Name(), s.t.Name)
+		err := in.Verdict.refuse(why, r.sourceAs(), r.opt.SourceMount, s.t.as())
 		if err != nil && r.opt.Force {
 			r.log.Warn("forced", "target", s.t.Name, "overruled", err.Error())
 			in.Forced = true
@@ -291,7 +292,9 @@ func (r *run) judge() error {
 	r.line.now = now
 	left := 0
 	for _, s := range read {
-		s.res.Lineage.Source = now.Generation
+		if s.res.Lineage.Source = now.Generation; base != nil {
+			s.res.Lineage.Base = base.Generation
+		}
 		if s.res.Err != nil {
 			continue
 		}
@@ -359,6 +362,14 @@ func (r *run) notes(s *side, src lineageSide, now *State) bool {
 	return v == FastForward
 }
 
+// sourceAs is how a hint names the source.
+func (r *run) sourceAs() string {
+	if r.opt.SourceAs != "" {
+		return r.opt.SourceAs
+	}
+	return r.src.Name()
+}
+
 func (r *run) now() time.Time {
 	if r.opt.Now.IsZero() {
 		return time.Now()
@@ -374,7 +385,7 @@ func (r *run) judgeStranger(s *side) error {
 	err := s.stateErr
 	if err == nil {
 		v, why := compareLines(lineageSide{}, lineageSide{state: s.state})
-		err = v.refuse(why, r.src.Name(), s.t.Name)
+		err = v.refuse(why, r.sourceAs(), r.opt.SourceMount, s.t.as())
 		s.res.Lineage = &Lineage{Verdict: v, Generation: s.state.Generation, Last: s.state.UpdatedAt(), Forced: r.opt.Force}
 	} else {
 		err = &Hint{refusal{err}, "--force overwrites what is there"}
@@ -388,7 +399,7 @@ func (r *run) judgeStranger(s *side) error {
 
 // digest is the digest of a part of the source's tree.
 func (r *run) digest(sel *selection) (Digest, error) {
-	return treeDigest(r.src, sel, nil, r.texts(r.opt.SourceGUID), r.hash)
+	return treeDigest(r.src, sel, r.texts(r.opt.SourceGUID), nil, r.hash)
 }
 
 // base is the generation that the source started from, and whether it was changed since. A target with the same tree
@@ -455,7 +466,8 @@ func (r *run) targetSide(s *side, base *State) (lineageSide, error) {
 	if dst.digest, err = v.digest(sel, nil); err != nil {
 		return dst, err
 	}
-	dst.changed = dst.digest != s.state.Digest
+	interim := s.state.Interim != nil && dst.digest == *s.state.Interim
+	dst.changed = dst.digest != s.state.Digest && !interim
 	now := &State{}
 	if now.setSelection(r.sel); s.state.sameSelection(now) {
 		return dst, nil
@@ -475,8 +487,20 @@ type view struct {
 	hash  func(*Item) ([32]byte, error)
 }
 
+// digest is that of a part of the tree, without the files of another part.
 func (v view) digest(sel, but *selection) (Digest, error) {
-	return treeDigest(v.src, sel, but, v.texts, v.hash)
+	var without func(*Item) bool
+	if but != nil {
+		without = func(it *Item) bool { return !it.Dir && but.takes(it.Path) }
+	}
+	return treeDigest(v.src, sel, v.texts, without, v.hash)
+}
+
+// targetDigest is the digest of a part of a target's tree, by the words of its own set file. Files for which without is
+// true are left out; it may be nil.
+func (r *run) targetDigest(s *side, sel *selection, without func(*Item) bool) (Digest, error) {
+	v := r.view(s)
+	return treeDigest(v.src, sel, v.texts, without, v.hash)
 }
 
 // keeps says whether the rest of a state is as it was.
@@ -599,10 +623,22 @@ func (r *run) remember(ctx context.Context) error {
 func (s *side) stateFile(r *run) *Item {
 	if s.file == nil {
 		text := s.record.Bytes()
-		s.file = &Item{Name: "state", Path: StatePath, Size: int64(len(text)), data: text,
-			Meta: fatdriver.Meta{Attr: fatdriver.AttrHidden | fatdriver.AttrSystem, Created: r.now(), Modified: r.now(), Accessed: r.now()}}
+		s.file = &Item{Name: "state", Path: StatePath, Size: int64(len(text)), data: text, Meta: r.stateMeta()}
 	}
 	return s.file
+}
+
+// stateMeta is what the entry of a state file says: like the journal it is not for the eyes of other systems.
+func (r *run) stateMeta() fatdriver.Meta {
+	return fatdriver.Meta{Attr: fatdriver.AttrHidden | fatdriver.AttrSystem, Created: r.now(), Modified: r.now(), Accessed: r.now()}
+}
+
+// ownDirWith wants our directory as it is, with another state file.
+func ownDirWith(own *fatdriver.Node, it *Item) *fatdriver.Want {
+	dir := fatdriver.Carry(own)
+	dir.Children = slices.DeleteFunc(dir.Children, func(w *fatdriver.Want) bool { return fatdriver.Fold(w.Name) == fatdriver.Fold(it.Name) })
+	dir.Children = append(dir.Children, &fatdriver.Want{Name: it.Name, Size: it.Size, Content: it, Meta: it.Meta})
+	return dir
 }
 
 // withState adds the state file to what is wanted of a target. It lies beside the journal; our directory is switched as
@@ -615,11 +651,7 @@ func (r *run) withState(s *side, points []switchPoint) []switchPoint {
 	if own == nil || !own.IsDir() {
 		return points // the journal comes first, and brings it
 	}
-	it := s.stateFile(r)
-	file := &fatdriver.Want{Name: it.Name, Size: it.Size, Content: it, Meta: it.Meta}
-	dir := fatdriver.Carry(own)
-	dir.Children = slices.DeleteFunc(dir.Children, func(w *fatdriver.Want) bool { return fatdriver.Fold(w.Name) == "STATE" })
-	dir.Children = append(dir.Children, file)
+	dir := ownDirWith(own, s.stateFile(r))
 	// Somebody may have selected EFI itself: then our directory is part of what is wanted there.
 	for i := range points {
 		p := &points[i]
@@ -696,7 +728,7 @@ func (r *run) foretold(s *side) error {
 
 // rehearsal is the side on another device, to try something there.
 func (s *side) rehearsal(dev blockdev.Device) *side {
-	d := &side{t: s.t, res: &Result{}, match: s.match, items: s.items, gone: s.gone, state: s.state, record: s.record, file: s.file,
+	d := &side{t: s.t, res: &Result{}, match: s.match, entries: s.entries, files: s.files, staged: s.staged, items: s.items, gone: s.gone, state: s.state, record: s.record, file: s.file,
 		count: blockdev.NewCounting(dev)}
 	d.dev = d.count
 	return d

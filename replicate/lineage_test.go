@@ -222,7 +222,7 @@ func (m *aMember) verify(t testing.TB, o Options, to ...*aMember) ([]Result, err
 
 func (m *aMember) state(t testing.TB) *State {
 	t.Helper()
-	st, err := readState(m.open(t, m.dev))
+	st, err := ReadState(m.open(t, m.dev))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -255,7 +255,7 @@ func TestGenerations(t *testing.T) {
 	g := geometries[2]
 	a, b, c := newMember(t, "a", guidA, g), newMember(t, "b", guidB, g), newMember(t, "c", guidC, g)
 	tree := func(v string) map[string]string {
-		return map[string]string{"loader/loader.conf": "default " + v + "\n", "EFI/BOOT/BOOTX64.EFI": "MZ boot loader", "EFI/Linux/" + v: v}
+		return map[string]string{"loader/loader.conf": "default " + v + "\n", "EFI/BOOT/BOOTX64.EFI": fixtures.Program("boot loader"), "EFI/Linux/" + v: v}
 	}
 	expect := func(what string, res []Result, err error, want ...any) {
 		t.Helper()
@@ -353,7 +353,7 @@ func TestCompareLines(t *testing.T) {
 			if have != want {
 				t.Errorf("%s, source changed %v, target changed %v: %s, want %s", c.name, src.changed, dst.changed, have, want)
 			}
-			err := have.refuse(why, "a", "b")
+			err := have.refuse(why, "a", "", "b")
 			if goes := have == FastForward || have == FirstSync; goes != (err == nil) || (why == "") != goes {
 				t.Errorf("%s: %q, %v", have, why, err)
 			}
@@ -470,7 +470,7 @@ func FuzzState(f *testing.F) {
 }
 
 func lineageTree(v string) map[string]string {
-	return withFiles(map[string]string{"EFI/Linux/" + v + ".efi": "MZ " + v})
+	return withFiles(map[string]string{"EFI/Linux/" + v + ".efi": fixtures.Program(v)})
 }
 
 // TestMemberWithoutState meets members that lost their memory, were replaced, or belong to somebody else.
@@ -724,12 +724,12 @@ func TestEntryTokenGoes(t *testing.T) {
 	a, b, c := ms[0], ms[1], ms[2]
 	o := Options{Selection: defaultSelection}
 	with := withFiles(map[string]string{"loader/entries/1.conf": "linux /" + token + "/1/linux\n", token + "/1/linux": "kernel"})
-	without := withFiles(map[string]string{"EFI/Linux/u.efi": "MZ u"})
+	without := withFiles(map[string]string{"EFI/Linux/u.efi": fixtures.Program("u")})
 	a.write(t, with)
 	res, err := a.sync(t, o, b)
 	expectResults(t, "first", res, err, Synced)
 	// c is no member yet, and has a directory of that name for itself.
-	c.edit(t, map[string]*string{token + "/own/linux": ptr("its own kernel"), "EFI/Linux/old.efi": ptr("MZ old")})
+	c.edit(t, map[string]*string{token + "/own/linux": ptr("its own kernel"), "EFI/Linux/old.efi": ptr(fixtures.Program("old"))})
 	a.write(t, without)
 	res, err = a.sync(t, o, b, c)
 	expectResults(t, "dropped", res, err, Synced, Synced)
@@ -795,7 +795,7 @@ func TestOtherSelection(t *testing.T) {
 		loader(t, a, "timeout 4\n")
 		run(t, "narrow", a, narrow, b, Synced)
 		run(t, "wide", a, Options{}, b, InSync)
-		uki(t, a, "MZ two")
+		uki(t, a, fixtures.Program("two"))
 		run(t, "narrow", a, narrow, b, InSync)
 		run(t, "wide", a, Options{}, b, Synced)
 		for _, m := range []*aMember{a, b} {
@@ -803,23 +803,23 @@ func TestOtherSelection(t *testing.T) {
 				t.Errorf("%+v", st)
 			}
 		}
-		judge(t, b.dev, 2, map[string]string{"loader/loader.conf": "timeout 4\n", "EFI/BOOT/BOOTX64.EFI": "MZ boot", "EFI/Linux/v1.efi": "MZ two"})
+		judge(t, b.dev, 2, map[string]string{"loader/loader.conf": "timeout 4\n", "EFI/BOOT/BOOTX64.EFI": fixtures.Program("boot"), "EFI/Linux/v1.efi": fixtures.Program("two")})
 		run(t, "back", b, Options{}, a, InSync)
 	})
 	t.Run("a newer target that looks the same", func(t *testing.T) {
 		a, b := begin(t)
 		c := newMember(t, "c", guidC, geometries[0])
-		uki(t, b, "MZ newer")
+		uki(t, b, fixtures.Program("newer"))
 		run(t, "b goes on", b, Options{}, c, Synced)
 		run(t, "narrow", a, narrow, b, InSync)
 		run(t, "wide", a, Options{}, b, ErrDiverged)
-		if b.files(t)["EFI/Linux/v1.efi"] != "MZ newer" {
+		if b.files(t)["EFI/Linux/v1.efi"] != fixtures.Program("newer") {
 			t.Error("lost")
 		}
 	})
 	t.Run("the target was changed before", func(t *testing.T) {
 		a, b := begin(t)
-		uki(t, b, "MZ by b")
+		uki(t, b, fixtures.Program("by b"))
 		run(t, "narrow", a, narrow, b, InSync)
 		run(t, "wide", a, Options{}, b, ErrDiverged)
 	})
@@ -827,7 +827,7 @@ func TestOtherSelection(t *testing.T) {
 		a, b := begin(t)
 		loader(t, a, "timeout 4\n")
 		run(t, "narrow", a, narrow, b, Synced)
-		uki(t, b, "MZ by b")
+		uki(t, b, fixtures.Program("by b"))
 		loader(t, a, "timeout 5\n")
 		run(t, "narrow", a, narrow, b, Synced) // that is not its business
 		run(t, "wide", a, Options{}, b, ErrDiverged)
@@ -839,7 +839,7 @@ func TestOtherSelection(t *testing.T) {
 	t.Run("the source was changed before", func(t *testing.T) {
 		a, b := begin(t)
 		loader(t, a, "timeout 4\n")
-		uki(t, a, "MZ by a")
+		uki(t, a, fixtures.Program("by a"))
 		run(t, "narrow", a, narrow, b, Synced)
 		run(t, "wide, from b", b, Options{}, a, ErrDiverged)
 		run(t, "wide", a, Options{}, b, Synced)
@@ -849,7 +849,7 @@ func TestOtherSelection(t *testing.T) {
 		a, b := begin(t)
 		loader(t, a, "timeout 4\n")
 		run(t, "narrow", a, narrow, b, Synced)
-		uki(t, a, "MZ by a")
+		uki(t, a, fixtures.Program("by a"))
 		run(t, "wide, from b", b, Options{}, a, ErrDiverged)
 		run(t, "wide", a, Options{}, b, Synced)
 	})
@@ -859,7 +859,7 @@ func TestOtherSelection(t *testing.T) {
 		but.Selection.Exclude = []string{"v1*"}
 		loader(t, a, "timeout 4\n")
 		run(t, "without", a, but, b, Synced)
-		uki(t, b, "MZ by b")
+		uki(t, b, fixtures.Program("by b"))
 		run(t, "with", a, Options{}, b, ErrDiverged)
 	})
 	t.Run("everything", func(t *testing.T) {

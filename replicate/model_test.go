@@ -187,7 +187,7 @@ func (w *walk) fatalf(format string, a ...any) {
 const token = "0123456789abcdef0123456789abcdef"
 
 func (w *walk) pe(id int) string {
-	return "MZ" + strings.Repeat("\x00", 58) + "\x40\x00\x00\x00PE\x00\x00\x64\x86" + strings.Repeat(fmt.Sprintf(" edit %d", id), 20+w.rng.IntN(150))
+	return fixtures.Program(strings.Repeat(fmt.Sprintf(" edit %d", id), 20+w.rng.IntN(150)))
 }
 
 // somebodyEdits changes the tree of a member as its system does, or the firmware, or a rescue system.

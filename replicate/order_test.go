@@ -37,8 +37,8 @@ func orderCases() map[string][2]map[string]string {
 		id + "/6.1/linux":                    strings.Repeat("kernel", 300),
 		id + "/6.1/initrd":                   strings.Repeat("initrd", 300),
 		"vmlinuz-linux":                      strings.Repeat("root", 300),
-		"EFI/Linux/uki+3.efi":                "MZ" + strings.Repeat("u", 2000),
-		"EFI/BOOT/BOOTX64.EFI":               "MZ" + strings.Repeat("b", 700),
+		"EFI/Linux/uki+3.efi":                fixtures.Program(strings.Repeat("u", 2000)),
+		"EFI/BOOT/BOOTX64.EFI":               fixtures.Program(strings.Repeat("b", 700)),
 		"EFI/Linux/uki+3.efi.extra.d/a.cred": "credential",
 	}
 	with := func(f func(m map[string]string)) map[string]string {
@@ -80,7 +80,7 @@ func orderCases() map[string][2]map[string]string {
 			m["initrd-linux"] = strings.Repeat("3", 1200)
 			m["EFI/Linux/uki.efi"] = m["EFI/Linux/uki+3.efi"]
 			delete(m, "EFI/Linux/uki+3.efi")
-			m["EFI/BOOT/BOOTX64.EFI"] = "MZ new"
+			m["EFI/BOOT/BOOTX64.EFI"] = fixtures.Program("new")
 		})},
 	}
 }
@@ -121,7 +121,7 @@ func TestNoDanglingEntry(t *testing.T) {
 // TestRenameWritesNoData counts the bytes of renames: of entries that proved good, of directories, of names that are swapped.
 func TestRenameWritesNoData(t *testing.T) {
 	const size = 600_000
-	big := func(c string) string { return "MZ" + strings.Repeat(c, size) }
+	big := func(c string) string { return fixtures.Program(strings.Repeat(c, size)) }
 	base := map[string]string{
 		"EFI/Linux/a+3.efi":       big("a"),
 		"EFI/Linux/b.efi":         big("b"),

@@ -16,6 +16,7 @@ import (
 
 	"espmirror/blockdev"
 	"espmirror/fatdriver"
+	"espmirror/fixtures"
 )
 
 // refuses syncs and wants a refusal with the words, and no byte written.
@@ -39,11 +40,11 @@ func refuses(t *testing.T, src Source, m *blockdev.Mem, o Options, words string)
 func TestNameEqualsAliasOfUnselected(t *testing.T) {
 	for _, g := range []geometry{geometries[2], geometries[4]} {
 		m := newVolume(t, g)
-		files := map[string]string{"a long name of its own.efi": "x", "loader/loader.conf": "y"}
+		files := map[string]string{"a long name of its own.efi": fixtures.Program("x"), "loader/loader.conf": "y"}
 		if r := syncMem(t, newMemSource(files), m, Options{Selection: Selection{Select: []string{"/"}}}); r.Err != nil {
 			t.Fatal(r.Err)
 		}
-		alias := map[string]string{"ALONGN~1.EFI": "other"}
+		alias := map[string]string{"ALONGN~1.EFI": fixtures.Program("other")}
 		refuses(t, newMemSource(alias), m, Options{Selection: Selection{Select: []string{"ALONGN~1.EFI"}}}, "short name")
 		fsck(t, m)
 		judge(t, m, g.fats, files)
@@ -59,7 +60,7 @@ func TestFileDoesNotReplaceWhatStays(t *testing.T) {
 	} {
 		m := newVolume(t, geometries[2])
 		// The first run puts it there, selected by its own name.
-		was := map[string]string{keep: "stays", dir + "/other": "goes"}
+		was := map[string]string{keep: fixtures.Program("stays"), dir + "/other": "goes"}
 		o := Options{Selection: Selection{Select: []string{dir, keep}}}
 		for _, p := range []string{"EFI/Microsoft", "EFI/x/fw"} {
 			if strings.HasPrefix(keep, p+"/") {
@@ -108,7 +109,7 @@ func TestWrongSelection(t *testing.T) {
 // TestExcluded holds what a selection leaves out.
 func TestExcluded(t *testing.T) {
 	src := newMemSource(map[string]string{
-		"EFI/BOOT/x": "", "EFI/Linux/a.efi": "", "EFI/Microsoft/Boot/b": "", "EFI/Microsoft/Boot/grubenv": "", "EFI/Microsoft/Recovery/r": "",
+		"EFI/BOOT/x": "", "EFI/Linux/a.efi": fixtures.Program(""), "EFI/Microsoft/Boot/b": "", "EFI/Microsoft/Boot/grubenv": "", "EFI/Microsoft/Recovery/r": "",
 		"loader/loader.conf": "", "loader/random-seed": "", "loader/entries/e.conf": "", "f": "",
 	})
 	for _, tc := range []struct {
@@ -230,7 +231,7 @@ func TestUnfitSource(t *testing.T) {
 func TestWrongFreeCount(t *testing.T) {
 	g := geometries[4]
 	m := newVolume(t, g)
-	files := map[string]string{"EFI/BOOT/BOOTX64.EFI": "MZ"}
+	files := map[string]string{"EFI/BOOT/BOOTX64.EFI": fixtures.Program("boot")}
 	o := Options{Selection: testSelect}
 	if res := syncMem(t, newMemSource(files), m, o); res.Err != nil {
 		t.Fatal(res.Err)
@@ -245,7 +246,7 @@ func TestWrongFreeCount(t *testing.T) {
 	if res := syncMem(t, newMemSource(files), dev, o); res.Outcome != InSync || dev.Counts().Writes != 0 {
 		t.Fatalf("%v %v, %d writes", res.Outcome, res.Err, dev.Counts().Writes)
 	}
-	files["EFI/BOOT/BOOTX64.EFI"] = "MZ new"
+	files["EFI/BOOT/BOOTX64.EFI"] = fixtures.Program("new")
 	if res := syncMem(t, newMemSource(files), m, o); res.Err != nil {
 		t.Fatal(res.Err)
 	}
@@ -262,7 +263,7 @@ func TestGarbageInFirstFAT(t *testing.T) {
 	g := geometries[4]
 	m := newVolume(t, g)
 	o := Options{Selection: testSelect}
-	src := newMemSource(map[string]string{"EFI/BOOT/BOOTX64.EFI": "MZ"})
+	src := newMemSource(map[string]string{"EFI/BOOT/BOOTX64.EFI": fixtures.Program("boot")})
 	if res := syncMem(t, src, m, o); res.Err != nil {
 		t.Fatal(res.Err)
 	}

@@ -31,6 +31,58 @@ func (r *run) makePlan(s *side) error {
 	if s.free, err = s.tree.Allocatable(); err != nil {
 		return err
 	}
+	err = r.planOnce(s)
+	var short *fatdriver.Shortfall
+	if !errors.As(err, &short) || s.staged {
+		return err
+	}
+	points, _, werr := r.wants(s, false)
+	if werr != nil {
+		return err
+	}
+	s.entries, s.files = r.removable(s, points)
+	if len(s.entries) == 0 {
+		return err
+	}
+	s.staged = true
+	if r.opt.DryRun {
+		// This is a copy, be it of a dry run or of a rehearsal.
+		if rerr := r.removeFirst(s, s.entries, s.files); rerr != nil {
+			return fmt.Errorf("%w (and room cannot be made: %w)", err, rerr)
+		}
+		if rerr := r.planOnce(s); rerr != nil {
+			return fmt.Errorf("%w (and removing what goes anyway does not make enough room: %w)", err, rerr)
+		}
+		return nil
+	}
+	d, rerr := r.rehearsed(s)
+	if rerr != nil {
+		s.staged = false
+		return rerr
+	}
+	s.res.Summary, s.res.Outcome = d.res.Summary, Differs
+	return nil
+}
+
+// makeRoom carries out the first transaction of a target that needs two, and plans the second.
+func (r *run) makeRoom(s *side) {
+	if !s.staged || s.plan != nil {
+		return
+	}
+	var err error
+	if s.free, err = s.tree.Allocatable(); err == nil {
+		err = r.removeFirst(s, s.entries, s.files)
+	}
+	if err == nil {
+		err = r.planOnce(s)
+	}
+	if err != nil {
+		s.fail(fmt.Errorf("cannot make room on %s: %w", s.t.Name, err))
+	}
+}
+
+// planOnce makes the plan of a target as it is.
+func (r *run) planOnce(s *side) error {
 	if s.skip {
 		s.res.Outcome = InSync
 		s.res.Summary = Summary{FreeBytes: s.free * s.cluster(), FreeAfter: s.free * s.cluster()}
@@ -276,17 +328,24 @@ func loses(p switchPoint, refers func(path string) bool) bool {
 // rehearse makes the plan of a target with everything that must be written before it, in memory: whoever has not enough
 // room in the end is refused before the first write.
 func (r *run) rehearse(s *side) error {
+	_, err := r.rehearsed(s)
+	return err
+}
+
+// rehearsed is rehearse, with the side that was rehearsed on.
+func (r *run) rehearsed(s *side) (*side, error) {
 	dry := *r
 	dry.opt.DryRun, dry.log = true, slog.New(slog.DiscardHandler)
 	d := s.rehearsal(blockdev.NewOverlay(s.dev))
+	d.staged = false
 	var err error
 	if d.vol, err = fatdriver.Open(d.dev); err != nil {
-		return err
+		return nil, err
 	}
 	if err := dry.scan(d); err != nil {
-		return err
+		return nil, err
 	}
-	return dry.makePlan(d)
+	return d, dry.makePlan(d)
 }
 
 // summarize fills in the exact numbers of a plan.
@@ -326,8 +385,10 @@ func (r *run) summarize(s *side, log *journal.Log) error {
 	for _, run := range s.plan.Freed() {
 		sum.ClustersFreed += int64(run.Count)
 	}
+	sum.Early = s.early
 	sum.FreeBytes, sum.FreeAfter = s.free*cs, s.plan.FreeAfter()*cs
-	sum.Clusters += s.free - s.plan.FreeBefore() // the journal, and directories that grew
+	sum.ClustersFreed += max(s.freed, 0)
+	sum.Clusters += s.free + s.freed - s.plan.FreeBefore() // the journal, and directories that grew
 	sum.PeakNeeded = sum.Clusters * cs
 	sum.Flushes = int(s.count.Counts().Flushes) + cost.Flushes + flushes
 	s.res.Outcome = Differs

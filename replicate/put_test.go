@@ -317,6 +317,7 @@ func TestPutRefuses(t *testing.T) {
 		{full, []File{{Path: "EFI/espmirror", Content: []byte("x")}}, Options{}, ErrRefused},
 		{full, []File{{Path: "/", Content: []byte("x")}}, Options{}, ErrRefused},
 		{full, []File{{Path: "loader", Content: []byte("x")}}, Options{}, ErrRefused},
+		{full, []File{{Path: "EFI/BOOT", Content: []byte("x")}}, Options{}, ErrRefused},
 		{full, []File{{Path: "loader/loader.conf/x", Content: []byte("x")}}, Options{}, ErrRefused},
 		{full, []File{{Path: "loader/../x", Content: []byte("x")}}, Options{}, ErrSelection},
 		{full, []File{{Path: "loader/a:b", Content: []byte("x")}}, Options{}, fatdriver.ErrName},

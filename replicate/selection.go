@@ -2,7 +2,6 @@ package replicate
 
 import (
 	"fmt"
-	"io"
 	"path"
 	"slices"
 	"sort"
@@ -256,25 +255,13 @@ func badParts(parts []string) bool {
 
 // entryPaths reads the paths of files that a loader entry names.
 func entryPaths(src Source, e *Item) ([]string, error) {
-	r, err := src.Open(e)
+	b, err := readEntry(src, e)
 	if err != nil {
-		return nil, fmt.Errorf("%w: cannot read %s: %w", ErrSource, e.Path, err)
-	}
-	defer r.Close()
-	text := make([]byte, e.Size)
-	if _, err := io.ReadFull(r, text); err != nil {
-		return nil, fmt.Errorf("%w: cannot read %s: %w", ErrSource, e.Path, shrunk(err))
+		return nil, err
 	}
 	var out []string
-	for line := range strings.Lines(string(text)) {
-		f := strings.Fields(line)
-		if len(f) < 2 {
-			continue
-		}
-		switch strings.ToLower(f[0]) {
-		case "linux", "efi", "uki", "initrd", "devicetree", "devicetree-overlay":
-			out = append(out, f[1:]...)
-		}
+	for _, f := range b.Files {
+		out = append(out, f.Path)
 	}
 	return out, nil
 }

@@ -65,7 +65,8 @@ type setLine struct {
 	guid      string // of member and replace
 }
 
-// setKeys are the keys of the format.
+// setKeys are the keys of the format. A new one must differ from the others by three letters or more, or versions that do not
+// know it yet take it for a slip of the pen.
 var setKeys = []string{"member", "select", "exclude", "replace", "timeout", "keep-free"}
 
 // ParseSet reads a replica set file; name is what errors call it. It returns ErrSet with the number of the line.
@@ -212,6 +213,9 @@ func (s *Set) readLine(l *setLine, n int, firsts map[string]int) error {
 	}
 	if err != nil {
 		return fmt.Errorf("%s: %w", key, err)
+	}
+	if (key == "select" || key == "exclude") && strings.ContainsAny(v, setSpace) && !strings.HasPrefix(rest, `"`) {
+		s.warn(n, "%s: %q is taken for one path; write it in quotes, or one path to a line", key, v)
 	}
 	switch key {
 	case "member":
@@ -467,11 +471,11 @@ func (s *Set) Add(guid, comment string) (bool, error) {
 			at = i + 1
 		}
 	}
+	// The ending of the line before is the one that cannot join with what follows into another ending.
 	end := "\n"
-	for _, l := range s.lines {
+	for _, l := range s.lines[:at] {
 		if l.end != "" {
 			end = l.end
-			break
 		}
 	}
 	added := setLine{text: text, end: end}

@@ -80,7 +80,7 @@ func TestParseSet(t *testing.T) {
 }
 
 func TestParseSetNothing(t *testing.T) {
-	for _, text := range []string{"", "\n", "# only", "\ufeff"} {
+	for _, text := range []string{"", "\n", "# only", "\ufeff", "\t \r\n#\n"} {
 		s := parsed(t, text)
 		_, a := s.Timeout()
 		_, b := s.KeepFree()
@@ -148,6 +148,8 @@ func TestParseSetMistakes(t *testing.T) {
 		"colour":                     `unknown key "colour"`,
 		"generations 4":              `unknown key "generations"`,
 		"timeout":                    "timeout: \"\" is not a time",
+		"select loader EFI/Linux":    "\"loader EFI/Linux\" is taken for one path",
+		"exclude a b":                "exclude: \"a b\" is taken for one path",
 		"timeout soon":               "not a time",
 		"timeout -3s":                "not a time",
 		"timeout 900h":               "longer than a day",
@@ -190,6 +192,7 @@ func TestSetAdd(t *testing.T) {
 		{"# x", "a\nselect b", "# x\nmember " + guidC + " # a select b"},
 		{"\ufeff" + guidA, "", "\ufeff" + guidA + "\nmember " + guidC},
 		{"member " + guidA + " # a\r\n\r\nselect x\r\n", "", "member " + guidA + " # a\r\nmember " + guidC + "\r\n\r\nselect x\r\n"},
+		{"x\rmember " + guidA + "\n\n", "", "x\rmember " + guidA + "\nmember " + guidC + "\n\n"},
 		{guidA + "\nselect x\nmember " + guidB + "\n# end", "", guidA + "\nselect x\nmember " + guidB + "\nmember " + guidC + "\n# end"},
 	} {
 		s := parsed(t, c[0])

@@ -38,7 +38,8 @@ type Source interface {
 	Name() string
 	Root() *Item
 	// Open returns the content of a file. Reading a volume's file several times gives the same bytes; a directory is
-	// live, and a file that changes while it is read fails the run by its size.
+	// live, and a file that changes while it is read fails the run by its size. Where it is an io.ReaderAt besides, a part
+	// of the file can be had without what is in front of it.
 	Open(it *Item) (io.ReadCloser, error)
 	Close() error
 }
@@ -111,8 +112,13 @@ func (s *volumeSource) Open(it *Item) (io.ReadCloser, error) {
 	if err != nil {
 		return nil, err
 	}
-	return io.NopCloser(r), nil
+	return volumeFile{r}, nil
 }
+
+// volumeFile is a file of a volume, which can be read at any offset too.
+type volumeFile struct{ *io.SectionReader }
+
+func (volumeFile) Close() error { return nil }
 
 type dirSource struct {
 	name string

@@ -325,7 +325,7 @@ func TestManyAnchors(t *testing.T) {
 				m := newVolume(t, g)
 				o := Options{Selection: Selection{Select: []string{""}}}
 				for round := range 3 {
-					files := map[string]string{"EFI/BOOT/BOOTX64.EFI": "MZ"}
+					files := map[string]string{"EFI/BOOT/BOOTX64.EFI": fixtures.Program("boot")}
 					for i := range n {
 						files[fmt.Sprintf("file number %d.txt", i+round*n/4)] = fmt.Sprint(round, i)
 					}

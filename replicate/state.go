@@ -70,6 +70,9 @@ type State struct {
 	Rest []Part `json:"rest,omitempty"`
 	// Past are the generations before, the newest first.
 	Past []Past `json:"past,omitempty"`
+	// Interim is the digest of the tree between the two transactions of a run that had to make room first; nil when the
+	// last run was not one of those, or is complete.
+	Interim *Digest `json:"interim,omitempty"`
 	// Source and Own are the fingerprints of the primary and of this volume at the end of the run; empty when not known.
 	Source string `json:"source_fingerprint,omitempty"`
 	Own    string `json:"own_fingerprint,omitempty"`
@@ -235,8 +238,12 @@ func (s *State) selection() (*selection, error) {
 	return sel, nil
 }
 
-// readState reads the state of a volume or directory. nil without an error means that it has none.
-func readState(src Source) (*State, error) {
+// ReadState reads the state of a volume or directory; src may be nil. nil without an error means that it has none. It
+// returns ErrState.
+func ReadState(src Source) (*State, error) {
+	if src == nil {
+		return nil, nil
+	}
 	it := src.Root().lookup(StatePath)
 	if it == nil {
 		return nil, nil

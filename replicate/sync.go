@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"sync"
 
 	"espmirror/blockdev"
@@ -46,6 +47,11 @@ type side struct {
 	same     bool            // the tree is as it should be
 	record   *State          // what the target is to remember of this run, nil when nothing new
 	file     *Item           // that, as a file
+
+	staged         bool // room is made first, by the removal of these
+	entries, files []string
+	early          []Change // what was removed so
+	freed          int64    // clusters that it freed
 
 	mu sync.Mutex
 }
@@ -134,10 +140,11 @@ func SyncAll(ctx context.Context, jobs []Job) ([][]Result, error) {
 		if r.opt.DryRun {
 			continue
 		}
-		each(r.sides, r.foretell)
 		if err := r.remember(ctx); err != nil {
 			return stop(err)
 		}
+		each(r.sides, r.makeRoom)
+		each(r.sides, r.foretell)
 		each(r.sides, r.prepare)
 		if err := r.build(ctx, r.sides); err != nil {
 			return stop(err)
@@ -186,9 +193,16 @@ func begin(src Source, targets []*Target, o Options) (*run, error) {
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
 	}
+	if len(o.Selection.Select) > 0 && o.Member && src.Root().lookup(SetPath) != nil {
+		o.Selection.Select = append(slices.Clone(o.Selection.Select), SetPath) // each member describes the set
+	}
 	sel, err := o.Selection.resolve(src)
 	if err != nil {
 		return nil, err
+	}
+	if src.Root().lookup(SetPath) == nil {
+		// A source that is in no set has nothing to say about that of the target.
+		sel.excludes = append(sel.excludes, fatdriver.Fold(SetPath))
 	}
 	o.KeepFree = min(o.KeepFree, maxKeepFree)
 	r := &run{src: src, sel: sel, opt: o, log: o.Log, hashes: map[*Item][32]byte{}}
@@ -272,7 +286,7 @@ func (r *run) alive() []*side {
 // stop ends the run for all targets that have not failed or finished.
 func (r *run) stop(err error) {
 	for _, s := range r.sides {
-		if s.res.Outcome == "" || s.plan != nil && s.res.Outcome == Differs && !r.opt.DryRun {
+		if s.res.Outcome == "" || (s.plan != nil || s.staged) && s.res.Outcome == Differs && !r.opt.DryRun {
 			s.fail(err)
 		}
 	}
@@ -302,7 +316,7 @@ func (r *run) open(s *side) {
 		s.fail(fmt.Errorf("cannot use %s as a target: %w", s.t.Name, err))
 		return
 	}
-	s.state, s.stateErr = readState(s.source())
+	s.state, s.stateErr = ReadState(s.source())
 }
 
 // source is the target seen as a source is.

@@ -233,6 +233,11 @@ func mutate(rng *rand.Rand, files map[string]string, big int) {
 			}
 		}
 	}
+	for p, c := range files {
+		if isProgram(path.Base(p)) {
+			files[p] = fixtures.AsProgram(c)
+		}
+	}
 }
 
 var testSelect = Selection{Select: []string{"loader", "EFI/Linux", "EFI/BOOT", "0123456789abcdef0123456789abcdef"}}
@@ -243,7 +248,7 @@ func TestSyncRandomTrees(t *testing.T) {
 			t.Parallel()
 			rng := rand.New(rand.NewPCG(1, 2))
 			m := newVolume(t, g)
-			files := map[string]string{"EFI/BOOT/BOOTX64.EFI": "MZ boot", "loader/loader.conf": "timeout 3\n", "loader/entries/a.conf": "title a\n"}
+			files := map[string]string{"EFI/BOOT/BOOTX64.EFI": fixtures.Program("boot"), "loader/loader.conf": "timeout 3\n", "loader/entries/a.conf": "title a\n"}
 			for i := range 40 {
 				mutate(rng, files, 9000)
 				res := syncMem(t, newMemSource(files), m, Options{Selection: testSelect})

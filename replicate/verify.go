@@ -62,6 +62,9 @@ func VerifyAll(ctx context.Context, jobs []Job) ([][]Result, error) {
 	var all [][]Result
 	for _, j := range jobs {
 		rs, err := Verify(ctx, j.Source, j.Targets, j.Options)
+		if rs == nil && len(all) == 0 {
+			return nil, err
+		}
 		if all = append(all, rs); err != nil {
 			return all, err
 		}

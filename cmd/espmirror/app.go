@@ -36,7 +36,7 @@ type app struct {
 
 // engine is the part of package replicate that writes or compares. Tests put failures there that no image can have.
 type engine struct {
-	sync, verify func(context.Context, replicate.Source, []*replicate.Target, replicate.Options) ([]replicate.Result, error)
+	sync, verify engineRun
 	recover      func(context.Context, *replicate.Target, replicate.RecoverOptions) (*replicate.Recovery, error)
 	pending      func(*replicate.Target) (bool, error)
 }
@@ -120,6 +120,8 @@ type invocation struct {
 	out                  *bufio.Writer
 	report               report
 	err                  error
+	metrics              bool      // status --metrics
+	changed              []string  // members that this command has put into the set or taken out
 	bar                  *progress // nil until there is one
 }
 
@@ -157,6 +159,9 @@ func (inv *invocation) finish() int {
 				inv.err = fmt.Errorf("cannot write the result: %w", err)
 			}
 		}
+	} else if inv.metrics {
+		rep, _ := inv.report.(*statusReport)
+		writeMetrics(inv.out, rep, code)
 	} else if inv.report != nil {
 		inv.report.print(&output{Writer: inv.out, legend: !inv.noLegend, color: inv.color, width: inv.terminalWidth(inv.stdout)})
 	}
@@ -210,7 +215,8 @@ func earlyJSON(args []string) string {
 func (inv *invocation) cli() *cli.App {
 	commands := []*cli.Command{
 		inv.listCommand(), inv.statusCommand(), inv.syncCommand(), inv.verifyCommand(), inv.recoverCommand(),
-		inv.waitCommand(), inv.checkCommand(), inv.lsCommand(), inv.catCommand(), inv.extractCommand(),
+		inv.addCommand(), inv.removeCommand(), inv.waitCommand(), inv.randomSeedCommand(),
+		inv.checkCommand(), inv.lsCommand(), inv.catCommand(), inv.extractCommand(),
 	}
 	for _, c := range commands {
 		c.Flags = append(c.Flags, commonFlags()...)
@@ -490,7 +496,7 @@ USAGE:
    {{wrap .UsageText 3}}
 
 COMMANDS:{{range .VisibleCommands}}
-   {{printf "%-8s" .Name}} {{.Usage}}{{end}}
+   {{printf "%-11s" .Name}} {{.Usage}}{{end}}
 
 OPTIONS:{{range .VisibleFlags}}
    {{.}}{{end}}

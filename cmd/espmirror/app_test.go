@@ -12,7 +12,7 @@ import (
 func TestHelp(t *testing.T) {
 	b := newBench(t)
 	b.run("--help").want(0).golden("help")
-	for _, cmd := range []string{"list", "status", "sync", "verify", "recover", "wait", "check", "ls", "cat", "extract"} {
+	for _, cmd := range []string{"list", "status", "sync", "verify", "recover", "add", "remove", "wait", "check", "ls", "cat", "extract"} {
 		b.run(cmd, "--help").want(0).golden("help-" + cmd)
 	}
 }
@@ -60,7 +60,6 @@ func TestUsage(t *testing.T) {
 		{"sync --primary a.img --target b.img --keep-free=9999999999G", "too large"},
 		{"sync --primary a.img --target b.img --read-back=maybe", "--read-back=maybe is not yes or no"},
 		{"sync --primary a.img --target b.img --select=", "option --select has an empty value"},
-		{"sync --force --primary a.img --target b.img", "unknown option --force"},
 		{"verify --dry-run --primary a.img --target b.img", "unknown option --dry-run"},
 		{"--json=bogus ls a.img", "--json=bogus is not pretty, short or off"},
 		{"ls --json=bogus a.img", "--json=bogus is not pretty, short or off"},

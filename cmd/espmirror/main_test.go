@@ -95,11 +95,12 @@ var hashSeed = maphash.MakeSeed()
 func hashes(t *testing.T) map[string]uint64 {
 	t.Helper()
 	sums := map[string]uint64{}
-	names, err := filepath.Glob("*.img")
-	if err != nil {
+	images, err := filepath.Glob("*.img")
+	nodes, err2 := filepath.Glob("machine/dev/sd*")
+	if err := errors.Join(err, err2); err != nil {
 		t.Fatal(err)
 	}
-	for _, name := range names {
+	for _, name := range append(images, nodes...) {
 		data, err := os.ReadFile(name)
 		if err != nil {
 			t.Fatal(err)
@@ -220,19 +221,19 @@ func makeFixture(t *testing.T, recipe interface{ Make(string) error }, name stri
 
 // bootTree is a small tree of boot files.
 var bootTree = fixtures.TreeSpec{
-	"EFI/BOOT/BOOTX64.EFI":                   fixtures.Text("MZ fallback"),
-	"EFI/systemd/systemd-bootx64.efi":        fixtures.Text("MZ systemd-boot"),
+	"EFI/BOOT/BOOTX64.EFI":                   fixtures.Text(fixtures.Program("fallback")),
+	"EFI/systemd/systemd-bootx64.efi":        fixtures.Text(fixtures.Program("systemd-boot")),
 	"loader/loader.conf":                     fixtures.Text("timeout 3\n"),
 	"loader/entries/debian-6.1.0-18.conf":    fixtures.Text("title Debian\nlinux /EFI/debian/vmlinuz\n"),
 	"EFI/debian/vmlinuz":                     fixtures.Text("MZ kernel"),
-	"EFI/Linux/Ünïcode name of a kernel.efi": fixtures.Text("MZ uki"),
+	"EFI/Linux/Ünïcode name of a kernel.efi": fixtures.Text(fixtures.Program("uki")),
 }
 
 // primaryVolume and secondVolume differ in everything: type, identity and content.
 var (
 	primaryVolume = fixtures.VolumeSpec{FAT: 32, Size: 34 << 20, SectorsPerCluster: 1, Serial: 0x1111AAAA, Label: "PRIMARY", Tree: bootTree}
 	secondVolume  = fixtures.VolumeSpec{FAT: 16, Size: 16 << 20, Serial: 0x2222BBBB, Label: "SECOND",
-		Tree: fixtures.TreeSpec{"EFI/Microsoft/Boot/bootmgfw.efi": fixtures.Text("MZ not ours")}}
+		Tree: fixtures.TreeSpec{"EFI/Microsoft/Boot/bootmgfw.efi": fixtures.Text(fixtures.Program("not ours"))}}
 )
 
 // volumes makes a.img and b.img.

@@ -3,8 +3,11 @@ package main
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
+	"slices"
 	"strings"
+	"time"
 
 	"github.com/urfave/cli/v2"
 
@@ -19,21 +22,39 @@ func (inv *invocation) statusCommand() *cli.Command {
 		Name:      "status",
 		Usage:     "show primary and targets, and whether they are in sync (the default command)",
 		UsageText: "espmirror status [OPTIONS] [--primary VOLUME] [--target VOLUME]...",
-		Description: "With no volume named, the ESPs of this machine and their health. Nothing is written. States: ok, in sync,\n" +
-			"drifted, needs recovery, damaged, busy, missing, refused, failed.",
-		Flags:  append(append(setFlags(), selectFlags()...), noProgressFlag()),
+		Description: "With no volume named, the replica set of the ESP that was booted; without a set, the ESPs of this machine\n" +
+			"and their health. Nothing is written. GEN is the generation: it grows with each completed change.\n\n" +
+			"States: ok, in sync, drifted (files differ), stale (behind the primary), new (never in a set), newer (ahead\n" +
+			"of the primary: it is refused), diverged (both were changed: it is refused), needs recovery, damaged, busy,\n" +
+			"missing, refused, failed, stopped.",
+		Flags: append(append(setFlags(), selectFlags()...), noProgressFlag(), &cli.BoolFlag{Name: "metrics",
+			Usage: "print gauges for Prometheus (OpenMetrics text) in place of the table", DisableDefaultText: true}),
 		Action: inv.action(0, 0, "name the volumes with --primary and --target", inv.status),
 	}
 }
 
 func (inv *invocation) status() (report, error) {
 	rep := &statusReport{Volumes: []statusVolume{}}
+	if inv.metrics = inv.flag("metrics"); inv.metrics && inv.json != "off" {
+		inv.metrics = false
+		return nil, usagef("--metrics and --json exclude each other")
+	}
+	m, err := inv.newMembers("compare")
+	var noSet *usageError
+	var broken primaryError
+	switch {
+	case err == nil:
+		defer m.close()
+		return inv.statusOfSet(rep, m)
+	case errors.As(err, &broken):
+		return inv.statusWithout(rep, m, err), err
+	case !errors.As(err, &noSet):
+		return nil, err
+	}
+	// There is nothing to compare: the volumes are shown one by one.
 	primary, targets := inv.text("primary"), inv.list("target")
 	if primary == "" {
 		primary = os.Getenv("SYSTEMD_ESP_PATH")
-	}
-	if primary != "" && len(targets) > 0 {
-		return inv.statusOfSet(rep)
 	}
 	if sel := inv.selection(); len(sel.Select)+len(sel.Exclude) > 0 {
 		return nil, &usageError{"a selection was given, and nothing to compare", "name the volumes with --primary and --target"}
@@ -69,6 +90,30 @@ func (inv *invocation) status() (report, error) {
 		}
 	}
 	return rep, worst(errs)
+}
+
+// statusWithout shows what is known when the primary cannot be used.
+func (inv *invocation) statusWithout(rep *statusReport, m *members, err error) report {
+	p := &statusVolume{Role: "primary", Name: m.primary.name, Directory: m.primary.dir}
+	if m.primary.loc != nil {
+		p.identity = identityOf(m.primary.loc)
+	}
+	if p.fail(err); errors.Is(err, gpt.ErrNotFound) || errors.Is(err, fs.ErrNotExist) {
+		p.State = "missing"
+		p.PartGUID, _ = strings.CutPrefix(m.primary.name, "PARTUUID=")
+		if p.PartGUID == m.primary.name {
+			p.PartGUID = ""
+		}
+	}
+	rep.Volumes = append(rep.Volumes, *p)
+	for _, name := range inv.list("target") {
+		v, err := inv.health("target", name)
+		if err != nil {
+			inv.log.Warn(err.Error())
+		}
+		rep.Volumes = append(rep.Volumes, *v)
+	}
+	return rep
 }
 
 // health tells what is known of one volume by itself.
@@ -122,7 +167,7 @@ func (inv *invocation) examine(role string, v *volume) (*statusVolume, error) {
 	}
 	s.Free = &free
 	if err := tree.Damage(); err != nil {
-		return s, withHint(wrap(err), "run `espmirror check %s` to see all of it", v.name)
+		return s, withHint(wrap(err), "run `espmirror check %s` to see all of it", quoted(v.name))
 	}
 	if role == "target" {
 		if err := v.fat.TargetError(); err != nil {
@@ -140,12 +185,7 @@ func (inv *invocation) examine(role string, v *volume) (*statusVolume, error) {
 }
 
 // statusOfSet compares the targets with the primary.
-func (inv *invocation) statusOfSet(rep *statusReport) (report, error) {
-	m, err := inv.newMembers("compare")
-	if err != nil {
-		return nil, err
-	}
-	defer m.close()
+func (inv *invocation) statusOfSet(rep *statusReport, m *members) (report, error) {
 	srcErr := m.sources()
 	p := &statusVolume{Role: "primary", Name: m.primary.name, Directory: m.primary.dir, State: "ok"}
 	if m.primary.vol != nil {
@@ -161,6 +201,9 @@ func (inv *invocation) statusOfSet(rep *statusReport) (report, error) {
 	if srcErr != nil {
 		p.fail(srcErr)
 	}
+	if st, err := replicate.ReadState(m.src); err == nil && st != nil {
+		p.setState(st)
+	}
 	rep.Volumes = append(rep.Volumes, *p)
 
 	states := map[*member]*statusVolume{}
@@ -170,6 +213,8 @@ func (inv *invocation) statusOfSet(rep *statusReport) (report, error) {
 			s := &statusVolume{Role: "target", Name: t.name}
 			if t.loc != nil {
 				s.identity = identityOf(t.loc)
+			} else if guid, ok := strings.CutPrefix(t.name, "PARTUUID="); ok {
+				s.PartGUID = guid
 			}
 			if t.vol != nil {
 				var err error
@@ -177,6 +222,7 @@ func (inv *invocation) statusOfSet(rep *statusReport) (report, error) {
 					t.err = err
 				}
 			}
+			s.Set = t.diff
 			states[t] = s
 		}
 	}
@@ -188,6 +234,12 @@ func (inv *invocation) statusOfSet(rep *statusReport) (report, error) {
 	outcomes := m.outcomes(results, srcErr)
 	for _, o := range outcomes {
 		s := states[o.member]
+		if o.result != nil && o.result.Lineage != nil {
+			s.setLineage(o.result.Lineage)
+		}
+		if o.result != nil && o.err == nil {
+			s.compared = true
+		}
 		switch {
 		case o.err != nil:
 			s.fail(o.err)
@@ -195,7 +247,8 @@ func (inv *invocation) statusOfSet(rep *statusReport) (report, error) {
 		case o.result == nil:
 			// The primary failed: what is known is the health.
 		case o.result.Outcome == replicate.Differs:
-			s.State, s.Changes = "drifted", len(o.result.Summary.Changes)
+			s.State, s.Changes = behind(o.result.Lineage), len(o.result.Summary.Changes)
+			s.Next = m.syncCommand(o.member)
 		default:
 			s.State = string(o.result.Outcome)
 		}
@@ -207,10 +260,60 @@ func (inv *invocation) statusOfSet(rep *statusReport) (report, error) {
 	return rep, m.failureOf(outcomes)
 }
 
+// behind words how a target that can be brought up to date stands to the primary.
+func behind(l *replicate.Lineage) string {
+	switch {
+	case l == nil:
+		return "drifted"
+	case l.Verdict == replicate.FirstSync:
+		return "new"
+	case l.Generation < l.Base:
+		return "stale"
+	}
+	return "drifted"
+}
+
+// syncCommand is what brings a target up to date.
+func (m *members) syncCommand(t *member) string {
+	if m.bySet && m.inv.text("primary") == "" {
+		return "espmirror sync"
+	}
+	if t.esp != nil {
+		t = t.esp
+	}
+	return fmt.Sprintf("espmirror sync --primary %s --target %s", quoted(m.primary.name), quoted(t.name))
+}
+
+// setState adds what a volume remembers of the replica set.
+func (s *statusVolume) setState(st *replicate.State) {
+	s.Generation = st.Generation
+	s.setLastRun(st.UpdatedAt())
+}
+
+// setLineage adds how a target stands to the primary.
+func (s *statusVolume) setLineage(l *replicate.Lineage) {
+	s.Generation, s.Lineage = l.Generation, string(l.Verdict)
+	s.setLastRun(l.Last)
+}
+
+// setLastRun adds when the last run ended, by a clock that may have been wrong then.
+func (s *statusVolume) setLastRun(t time.Time) {
+	if t.IsZero() || t.Year() > 9999 {
+		return
+	}
+	s.LastRun, s.lastRun = t.UTC().Format(time.RFC3339), t
+}
+
 // statusState is the state of a target that could not be compared. Damage is a state of its own here.
 func (o *outcome) statusState() string {
 	if errors.Is(o.err, fatdriver.ErrDamaged) || errors.Is(o.err, gpt.ErrDamaged) {
 		return "damaged"
+	}
+	switch {
+	case errors.Is(o.err, replicate.ErrStaleSource):
+		return "newer"
+	case errors.Is(o.err, replicate.ErrDiverged):
+		return "diverged"
 	}
 	return o.state()
 }
@@ -228,10 +331,19 @@ type statusVolume struct {
 	Name      string `json:"name"`
 	Directory string `json:"directory,omitempty"` // the primary's, or where the volume is mounted
 	identity
-	Free    *int64     `json:"free_bytes,omitempty"`
-	State   string     `json:"state"`
-	Changes int        `json:"changes,omitempty"`
-	Error   *jsonError `json:"error,omitempty"`
+	Free       *int64     `json:"free_bytes,omitempty"`
+	Generation uint64     `json:"generation,omitempty"`
+	Lineage    string     `json:"lineage,omitempty"`  // the verdict
+	LastRun    string     `json:"last_run,omitempty"` // RFC 3339
+	State      string     `json:"state"`
+	Changes    int        `json:"changes,omitempty"`
+	Next       string     `json:"next,omitempty"` // the command to run
+	Error      *jsonError `json:"error,omitempty"`
+	// Set is how the target's set file differs from the primary's; nil when it does not, or when there is none.
+	Set *setDifference `json:"set_differs,omitempty"`
+
+	compared bool // Changes is known
+	lastRun  time.Time
 }
 
 func (s *statusVolume) fail(err error) {
@@ -240,8 +352,14 @@ func (s *statusVolume) fail(err error) {
 }
 
 func (r *statusReport) print(o *output) {
-	t := newTable("ROLE", "VOLUME", "PARTITION GUID", "SERIAL", "LABEL", "FAT", "FREE", "STATE")
-	t.spare = []string{"PARTITION GUID"}
+	headings := []string{"ROLE", "VOLUME", "PARTITION GUID", "SERIAL", "LABEL", "FAT", "FREE", "GEN", "STATE"}
+	inSet := slices.ContainsFunc(r.Volumes, func(v statusVolume) bool { return v.Generation > 0 })
+	if !inSet {
+		headings = slices.DeleteFunc(headings, func(h string) bool { return h == "GEN" })
+	}
+	t := newTable(headings...)
+	t.spare = []string{"PARTITION GUID", "LABEL", "FAT", "SERIAL"}
+	var next []string
 	for _, v := range r.Volumes {
 		free, state := "", v.State
 		if v.Free != nil {
@@ -254,12 +372,33 @@ func (r *statusReport) print(o *output) {
 			state += ", mounted on " + v.Directory
 		}
 		word, _, _ := strings.Cut(state, ",")
-		t.row(cell{text: v.Role}, cell{text: v.Name}, cell{text: v.PartGUID}, cell{text: v.Serial}, cell{text: v.Label},
-			cell{text: v.FATType}, cell{text: free, right: true}, cell{text: state, tint: outcomeTint(word)})
+		role, name := v.Role, cell{text: v.Name}
+		if v.PartType == "XBOOTLDR" && role != "" {
+			role = "XBOOTLDR" // it goes with the ESP of its disk
+		}
+		if guid, ok := strings.CutPrefix(v.Name, "PARTUUID="); ok && len(guid) > 8 {
+			name.short = "PARTUUID=" + guid[:8] + "…" // the error below has all of it
+		}
+		row := []cell{{text: role}, name, {text: v.PartGUID}, {text: v.Serial}, {text: v.Label},
+			{text: v.FATType}, {text: free, right: true}}
+		if inSet {
+			gen := ""
+			if v.Generation > 0 {
+				gen = fmt.Sprint(v.Generation)
+			}
+			row = append(row, cell{text: gen, right: true})
+		}
+		t.row(append(row, cell{text: state, tint: outcomeTint(word)})...)
+		if v.Next != "" && !slices.Contains(next, v.Next) {
+			next = append(next, v.Next)
+		}
 	}
 	if len(r.Volumes) > 0 {
 		t.print(o)
 	} else {
 		o.noVolume(r.unread)
+	}
+	for _, cmd := range next {
+		o.printf("next: %s\n", safe(cmd))
 	}
 }

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -16,9 +17,10 @@ func (inv *invocation) syncCommand() *cli.Command {
 	return &cli.Command{
 		Name:  "sync",
 		Usage: "make the selected files of each target those of the primary",
-		UsageText: "espmirror sync [OPTIONS] --primary VOLUME --target VOLUME [--target VOLUME]...\n" +
-			"espmirror sync --dry-run --primary VOLUME --target VOLUME",
-		Description: "An interrupted earlier run is finished first. A power cut at any moment leaves on each target the old\n" +
+		UsageText: "espmirror sync [OPTIONS]\n" +
+			"espmirror sync [OPTIONS] --primary VOLUME --target VOLUME [--target VOLUME]...",
+		Description: "With no volume named, from the ESP that was booted to the other members of its replica set.\n" +
+			"An interrupted earlier run is finished first. A power cut at any moment leaves on each target the old\n" +
 			"files or the new ones. With --dry-run the whole plan is printed, and nothing is written.",
 		Flags: append(append(setFlags(), selectFlags()...),
 			&cli.BoolFlag{Name: "dry-run", Aliases: []string{"n"}, Usage: "print what would be done, and write nothing", DisableDefaultText: true},
@@ -26,6 +28,7 @@ func (inv *invocation) syncCommand() *cli.Command {
 			&cli.StringFlag{Name: "compare", Value: "content", Usage: "how to find what changed: by `content`, or by fingerprint, which reads no file where nothing has changed"},
 			&cli.BoolFlag{Name: "force", Usage: "let the primary win where a target is newer or has gone its own way", DisableDefaultText: true},
 			timeoutFlag(),
+			&cli.StringFlag{Name: "random-seed", Value: "no", Usage: "also give each target a fresh random seed of its own: `yes|no`"},
 			&cli.StringFlag{Name: "read-back", Value: "yes", Usage: "compare what was written with the medium before the commit: `yes|no`"},
 			noProgressFlag()),
 		Action: inv.action(0, 0, "name the volumes with --primary and --target", inv.sync),
@@ -55,12 +58,44 @@ func (inv *invocation) sync() (report, error) {
 	default:
 		return nil, usagef("--compare=%s is not content or fingerprint", v)
 	}
+	run := inv.engine.sync
+	switch v := inv.text("random-seed"); v {
+	case "no":
+	case "yes":
+		run = thenSeeds(run)
+	default:
+		return nil, usagef("--random-seed=%s is not yes or no", v)
+	}
 	o.Force = inv.flag("force")
+	if _, _, err := inv.timeout(); err != nil {
+		return nil, err
+	}
 	m, err := inv.newMembers("sync")
 	if err != nil {
 		return nil, err
 	}
-	return inv.replicate(m, o, inv.engine.sync, !o.DryRun)
+	return inv.replicate(m, o, run, !o.DryRun)
+}
+
+// thenSeeds gives each ESP that is in sync a fresh random seed. The ESPs are the last job.
+func thenSeeds(run engineRun) engineRun {
+	return func(ctx context.Context, jobs []replicate.Job) ([][]replicate.Result, error) {
+		results, err := run(ctx, jobs)
+		if err != nil || len(jobs) == 0 {
+			return results, err
+		}
+		job, last := jobs[len(jobs)-1], results[len(jobs)-1]
+		for i, t := range job.Targets {
+			if r := &last[i]; r.Err == nil {
+				o := replicate.SeedOptions{DryRun: job.Options.DryRun}
+				o.Log = job.Options.Log
+				if _, err := replicate.RandomSeed(ctx, t, o); err != nil {
+					r.Err, r.Outcome = fmt.Errorf("cannot renew the random seed of %s: %w", t.Name, err), replicate.Failed
+				}
+			}
+		}
+		return results, nil
+	}
 }
 
 // replicate carries out what sync and verify have in common: guards, locks, the run, and the report.
@@ -71,6 +106,9 @@ func (inv *invocation) replicate(m *members, o replicate.Options, run engineRun,
 	}
 	for _, x := range m.volumes() {
 		x.inspect()
+	}
+	if m.verb == "sync" {
+		m.together()
 	}
 	mode := blockdev.ReadOnly
 	if write {
@@ -111,12 +149,22 @@ type targetReport struct {
 	Outcome string `json:"outcome"`
 	identity
 	Recovered *recoveryReport `json:"recovered,omitempty"`
+	Lineage   *lineageReport  `json:"lineage,omitempty"`
 	Summary   *summaryReport  `json:"summary,omitempty"`
 	Error     *jsonError      `json:"error,omitempty"`
 }
 
+// lineageReport says how a target stood to the primary.
+type lineageReport struct {
+	Verdict    string `json:"verdict"`
+	Forced     bool   `json:"forced"`
+	Generation uint64 `json:"generation"`        // the target's before the run, 0 when it had none
+	Source     uint64 `json:"source_generation"` // what the run brought, or would have
+}
+
 // summaryReport is what is known of a run or a comparison.
 type summaryReport struct {
+	Early   []changeReport `json:"early,omitempty"` // what goes first, in a transaction of its own
 	Changes []changeReport `json:"changes"`
 	*planReport
 }
@@ -158,6 +206,9 @@ func newRunReport(m *members, source string, o replicate.Options, outcomes []*ou
 		if oc.result != nil {
 			t.Summary = newSummaryReport(m.verb, oc.result)
 			t.Recovered = newRecoveryReport(oc.result.Recovered)
+			if l := oc.result.Lineage; l != nil {
+				t.Lineage = &lineageReport{string(l.Verdict), l.Forced, l.Generation, l.Source}
+			}
 		}
 		rep.Targets = append(rep.Targets, t)
 	}
@@ -175,6 +226,9 @@ func newSummaryReport(verb string, res *replicate.Result) *summaryReport {
 	r := &summaryReport{Changes: []changeReport{}}
 	for _, c := range s.Changes {
 		r.Changes = append(r.Changes, changeReport{c.Op, c.Path, c.From, c.Dir, c.Size})
+	}
+	for _, c := range s.Early {
+		r.Early = append(r.Early, changeReport{c.Op, c.Path, c.From, c.Dir, c.Size})
 	}
 	if !planned {
 		return r
@@ -194,7 +248,7 @@ func outcomeTint(s string) tint {
 	switch s {
 	case "in sync", "synced", "ok", "finished", "rolled back", "rolled forward", "nothing to do":
 		return green
-	case "differs", "drifted", "busy", "stale", "needs recovery":
+	case "differs", "drifted", "busy", "stale", "new", "needs recovery":
 		return yellow
 	}
 	return red
@@ -226,6 +280,9 @@ func (r *runReport) print(o *output) {
 		t.print(o)
 		return
 	}
+	if len(r.Targets) == 0 {
+		return // the log has said that the set has no other member
+	}
 	t := newTable("TARGET", "OUTCOME", "CHANGES", "WRITTEN", "FREE", "RECOVERY")
 	for _, x := range r.Targets {
 		var changes, written, free, recovery string
@@ -256,6 +313,13 @@ func (t *targetReport) printPlan(o *output, verify bool) {
 	o.printf("\n")
 	if r := t.Recovered; r != nil {
 		o.printf("  recovery %s\n", r.Action)
+	}
+	if len(s.Early) > 0 {
+		o.printf("  there is no room for old and new side by side; a first transaction makes some:\n")
+		for _, c := range s.Early {
+			c.print(o)
+		}
+		o.printf("  then:\n")
 	}
 	for _, c := range s.Changes {
 		c.print(o)

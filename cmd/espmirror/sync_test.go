@@ -201,8 +201,8 @@ func TestNoPlan(t *testing.T) {
 	if s := summary(b.run(append([]string{"verify", "--json=short"}, args...)...)); s == nil || len(s) != 1 {
 		t.Errorf("got %v, want nothing but the differences", s)
 	}
-	b.app.engine.verify = func(context.Context, replicate.Source, []*replicate.Target, replicate.Options) ([]replicate.Result, error) {
-		return []replicate.Result{{Outcome: replicate.Failed, Err: errCut}}, nil
+	b.app.engine.verify = func(context.Context, []replicate.Job) ([][]replicate.Result, error) {
+		return [][]replicate.Result{{{Outcome: replicate.Failed, Err: errCut}}}, nil
 	}
 	if r := b.run(append([]string{"verify"}, args...)...).want(exitPartial); !strings.Contains(r.stdout, "failed            -\n") {
 		t.Errorf("got\n%s", r.stdout)
@@ -263,15 +263,15 @@ func TestInterruptedRun(t *testing.T) {
 			t.Fatal(err)
 		}
 		left := n
-		b.app.engine.sync = func(ctx context.Context, src replicate.Source, ts []*replicate.Target, o replicate.Options) ([]replicate.Result, error) {
-			for _, target := range ts {
+		b.app.engine.sync = func(ctx context.Context, jobs []replicate.Job) ([][]replicate.Result, error) {
+			for _, target := range jobs[0].Targets {
 				target.Dev = cut{target.Dev, &left}
 			}
-			return replicate.Sync(ctx, src, ts, o)
+			return replicate.SyncAll(ctx, jobs)
 		}
 		b.writes = true
 		r := b.run("sync", "--primary", "a.img", "--target", "b.img")
-		b.app.engine.sync = replicate.Sync
+		b.app.engine.sync = replicate.SyncAll
 		if left >= 0 {
 			r.want(0)
 			break
@@ -357,8 +357,11 @@ func TestResults(t *testing.T) {
 		"source":      {err: fmt.Errorf("%w: cannot read x", replicate.ErrSource), code: exitFailed, want: "the source cannot be replicated: cannot read x"},
 		"interrupted": {results: []replicate.Result{{Outcome: replicate.Failed, Err: context.Canceled}, {Outcome: replicate.Failed, Err: context.Canceled}}, err: context.Canceled, code: exitInterrupt, want: "espmirror: interrupted\n"},
 	} {
-		b.app.engine.sync = func(context.Context, replicate.Source, []*replicate.Target, replicate.Options) ([]replicate.Result, error) {
-			return tc.results, tc.err
+		b.app.engine.sync = func(context.Context, []replicate.Job) ([][]replicate.Result, error) {
+			if tc.results == nil {
+				return nil, tc.err
+			}
+			return [][]replicate.Result{tc.results}, tc.err
 		}
 		r := b.run(append([]string{"sync"}, args...)...)
 		if r.code != tc.code {
@@ -368,7 +371,7 @@ func TestResults(t *testing.T) {
 		b.run(append([]string{"sync", "--json=pretty"}, args...)...).want(tc.code).json("run")
 	}
 	// A crash is not made into an error: the runtime's exit status 2 and its trace say more.
-	b.app.engine.sync = func(context.Context, replicate.Source, []*replicate.Target, replicate.Options) ([]replicate.Result, error) {
+	b.app.engine.sync = func(context.Context, []replicate.Job) ([][]replicate.Result, error) {
 		panic("a bug")
 	}
 	defer func() {
@@ -383,13 +386,14 @@ func TestProgress(t *testing.T) {
 	b := newBench(t)
 	volumes(t)
 	b.app.terminalWidth = fakeTerminal
-	b.app.engine.sync = func(_ context.Context, _ replicate.Source, _ []*replicate.Target, o replicate.Options) ([]replicate.Result, error) {
+	b.app.engine.sync = func(_ context.Context, jobs []replicate.Job) ([][]replicate.Result, error) {
+		o := jobs[0].Options
 		if o.Progress != nil {
 			o.Progress(replicate.Progress{Phase: "compare", Done: 1 << 20, Total: 2 << 20})
 			o.Log.Info("something happened")
 			o.Progress(replicate.Progress{Target: "b\x1b.img", Phase: "write", Done: 5, Total: 0})
 		}
-		return []replicate.Result{{Outcome: replicate.InSync}}, nil
+		return [][]replicate.Result{{{Outcome: replicate.InSync}}}, nil
 	}
 	args := []string{"sync", "--primary", "a.img", "--target", "b.img"}
 	r := b.run(args...).want(0).has("\r[==========          ]  50%  compare 1M/2M\x1b[K\r\x1b[Kespmirror: something happened\n")

@@ -3,7 +3,6 @@ package crashtest
 import (
 	"errors"
 	"os"
-	"os/exec"
 	"reflect"
 	"runtime"
 	"runtime/debug"
@@ -29,14 +28,18 @@ func setting(name string, n int) int {
 	return n
 }
 
-// outside says whether the external judges are there.
-func outside() bool {
-	for _, tool := range []string{"fsck.fat", "mdir", "mcopy"} {
-		if _, err := exec.LookPath(tool); err != nil {
-			return false
-		}
+// outside is a directory for the external judges, "" where one of them is missing: then a subtest is skipped for it.
+func outside(t *testing.T) string {
+	t.Helper()
+	there := false
+	t.Run("external judges", func(t *testing.T) {
+		fixtures.Need(t, "fsck.fat", "mdir", "mcopy")
+		there = true
+	})
+	if !there {
+		return ""
 	}
-	return true
+	return t.TempDir()
 }
 
 // explore records the scenario of a seed and explores it.
@@ -79,11 +82,7 @@ func TestPowerCut(t *testing.T) {
 	if testing.Short() {
 		n = min(n, 60)
 	}
-	dir := t.TempDir()
-	if !outside() {
-		dir = ""
-		t.Log("without fsck.fat and mtools")
-	}
+	dir := outside(t)
 	var mu sync.Mutex
 	var all Tally
 	var wg sync.WaitGroup
@@ -130,10 +129,7 @@ func TestPowerCut(t *testing.T) {
 // refuses because of its last cluster (648).
 func TestSeedsThatFailed(t *testing.T) {
 	b := Budget{Read: 4096, Recover: 400, Random: 20, Torn: 300, TornSectors: 2, Twice: 40, TwiceStep: 3, Samples: 8}
-	dir := t.TempDir()
-	if !outside() {
-		dir = ""
-	}
+	dir := outside(t)
 	for _, seed := range []uint64{57, 173, 648, 1294} {
 		if _, err := explore(dir, seed, b); err != nil {
 			t.Error(err)
@@ -150,11 +146,11 @@ func TestEveryDoubleCut(t *testing.T) {
 	b := Budget{Read: unlimited, Recover: unlimited, Twice: unlimited, TwiceStep: 1}
 	for _, g := range []Geometry{geometries[0].g, geometries[1].g, geometries[6].g, geometries[7].g} {
 		for name, trees := range map[string][2]Tree{
-			"replace":   {{"EFI/BOOT/BOOTX64.EFI": "MZ old"}, {"EFI/BOOT/BOOTX64.EFI": "MZ new, and longer"}},
-			"first run": {nil, {"EFI/BOOT/BOOTX64.EFI": "MZ"}},
+			"replace":   {{"EFI/BOOT/BOOTX64.EFI": fixtures.Program("old")}, {"EFI/BOOT/BOOTX64.EFI": fixtures.Program("new, and longer")}},
+			"first run": {nil, {"EFI/BOOT/BOOTX64.EFI": fixtures.Program("boot")}},
 			"two commits": {
-				{"EFI/Linux/a.efi": "MZ", "loader/entries/a.conf": "linux /EFI/Linux/a.efi\n", "vmlinuz-linux": "old"},
-				{"EFI/Linux/b.efi": "MZ", "loader/entries/b.conf": "linux /EFI/Linux/b.efi\n", "vmlinuz-linux": "new"},
+				{"EFI/Linux/a.efi": fixtures.Program("boot"), "loader/entries/a.conf": "linux /EFI/Linux/a.efi\n", "vmlinuz-linux": "old"},
+				{"EFI/Linux/b.efi": fixtures.Program("boot"), "loader/entries/b.conf": "linux /EFI/Linux/b.efi\n", "vmlinuz-linux": "new"},
 			},
 		} {
 			t.Run(name+"/"+g.String(), func(t *testing.T) {
@@ -205,7 +201,7 @@ func TestReplay(t *testing.T) {
 // TestShrink makes a scenario smaller that fails for the sake of one file and of one kind of wear.
 func TestShrink(t *testing.T) {
 	s := Generate(26)
-	s.After["EFI/Linux/culprit.efi"] = "MZ culprit"
+	s.After["EFI/Linux/culprit.efi"] = fixtures.Program("culprit")
 	s.Wear.Holes, s.Wear.Dirty = 10, true
 	n := 0
 	small, v := shrink(s, func(s *Scenario) *Violation {

@@ -9,6 +9,7 @@ import (
 	"strings"
 
 	"espmirror/fatdriver"
+	"espmirror/fixtures"
 )
 
 // token is the directory that kernel-install makes.
@@ -304,6 +305,19 @@ func (t Tree) fold() Tree {
 	return out
 }
 
+// programs makes whole programs of the files that are named like some, as no other source is replicated. It keeps the size
+// of those that are large enough, and takes nothing from the generator.
+func (t Tree) programs() Tree {
+	out := Tree{}
+	for p, c := range t {
+		if strings.HasSuffix(strings.ToUpper(p), ".EFI") {
+			c = fixtures.AsProgram(c)
+		}
+		out[p] = c
+	}
+	return out
+}
+
 // Generate makes the scenario of a seed. The same seed gives the same scenario.
 func Generate(seed uint64) *Scenario {
 	m := &maker{Rand: rng(seed)}
@@ -315,7 +329,7 @@ func Generate(seed uint64) *Scenario {
 		}
 	}
 	m.cluster = s.Geometry.Sector * s.Geometry.SectorsPerCluster
-	s.Before = m.base().fold()
+	s.Before = m.base().fold().programs()
 	for range m.IntN(4) {
 		s.Others[fmt.Sprintf("EFI/Microsoft/Boot/other%d.efi", m.IntN(9))] = m.data(2000)
 	}
@@ -323,6 +337,7 @@ func Generate(seed uint64) *Scenario {
 		s.Others["EFI/vendor/shim.efi"] = m.data(2000)
 		s.Others["a file of others.txt"] = m.data(500)
 	}
+	s.Others = s.Others.programs()
 	t := maps.Clone(s.Before)
 	kinds := make([]string, 0, len(ops))
 	for k := range ops {
@@ -338,7 +353,8 @@ func Generate(seed uint64) *Scenario {
 	if len(t) == 0 {
 		m.kernel(t, "6.0")
 	}
-	s.After = t.fold()
+	s.After = t.fold().programs()
+	s.Member, s.Known = seed%5 < 2, seed%10 < 2
 	w := &s.Wear
 	if m.IntN(3) == 0 {
 		w.Holes = 5 + m.IntN(60)

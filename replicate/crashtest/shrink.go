@@ -58,11 +58,14 @@ func shrink(s *Scenario, fails func(*Scenario) *Violation) (*Scenario, *Violatio
 			func(s *Scenario) Tree { return s.Others }, func(s *Scenario) Tree { return s.Before }, func(s *Scenario) Tree { return s.After },
 		} {
 			for _, p := range which(s).paths() {
-				switch {
-				case try(func(s *Scenario) { delete(which(s), p) }):
+				if try(func(s *Scenario) { delete(which(s), p) }) {
 					again = true
-				case len(which(s)[p]) > 1 && !strings.HasPrefix(p, "loader/entries/"):
-					again = try(func(s *Scenario) { which(s)[p] = which(s)[p][:1] }) || again
+					continue
+				}
+				content := which(s)[p]
+				small := Tree{p: content[:min(1, len(content))]}.programs()[p]
+				if len(small) < len(content) && !strings.HasPrefix(p, "loader/entries/") {
+					again = try(func(s *Scenario) { which(s)[p] = small }) || again
 				}
 			}
 		}
