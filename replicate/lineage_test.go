@@ -60,7 +60,7 @@ func (m *aMember) saveState(ctx context.Context, state []byte) error {
 	return err
 }
 
-// want is a node of a tree that edit changes.
+// wantAt finds where a path is, or goes, in a tree that edit changes.
 func wantAt(dir *fatdriver.Want, parts []string, make bool) (parent *fatdriver.Want, at int) {
 	for i, name := range parts {
 		at = slices.IndexFunc(dir.Children, func(w *fatdriver.Want) bool { return fatdriver.Fold(w.Name) == fatdriver.Fold(name) })
