@@ -314,6 +314,12 @@ func (m *members) findPairs() error {
 	if p.loc == nil || p.loc.Part == nil || p.loc.Part.Type != gpt.TypeESP || m.verb == seedVerb {
 		return nil
 	}
+	for _, t := range m.targets {
+		if t.loc != nil && t.loc.Part != nil && t.loc.Part.Type == gpt.TypeXBOOTLDR && t.err == nil {
+			t.err = withHint(refusef("cannot %s %s: it is an XBOOTLDR partition, and primary %s an ESP", m.verb, t.name, p.name),
+				"name the ESP on its disk: the XBOOTLDR partition goes with it")
+		}
+	}
 	find := func(loc *gpt.Location) (*gpt.Location, error) {
 		boot, problems, err := m.inv.finder().OnSameDisk(loc, gpt.TypeXBOOTLDR)
 		for _, text := range problems {
@@ -330,7 +336,7 @@ func (m *members) findPairs() error {
 	}
 	b := &members{inv: m.inv, verb: m.verb, dry: m.dry, esp: m, primary: &member{name: loc.String(), loc: loc, esp: p}}
 	for _, t := range m.targets {
-		if t.loc == nil {
+		if t.loc == nil || t.err != nil {
 			continue // its ESP says why
 		}
 		x := &member{name: t.loc.Disk + " (XBOOTLDR)", esp: t}
@@ -349,6 +355,26 @@ func (m *members) findPairs() error {
 	}
 	m.boot = b
 	return nil
+}
+
+// together leaves out a volume whose partner is left out by a guard. That there is no partner is no reason: the boot loader
+// on the ESP is as good as it was without one.
+func (m *members) together() {
+	if m.boot == nil || m.verb != "sync" {
+		return
+	}
+	leave := func(t, partner *member) {
+		if t.err == nil && partner.err != nil && !errors.As(partner.err, new(missing)) {
+			t.err = fmt.Errorf("cannot sync %s: it goes with %s, which was not synced", t.name, partner.name)
+			if isRefusal(partner.err) {
+				t.err = refusal{t.err}
+			}
+		}
+	}
+	for _, x := range m.boot.targets {
+		leave(x, x.esp)
+		leave(x.esp, x)
+	}
 }
 
 // volumes are the sets of volumes of a run in the order in which they are written: what entries refer to first.
@@ -386,8 +412,12 @@ func (m *members) run(mode blockdev.Mode, o replicate.Options, run engineRun) ([
 	var jobs []replicate.Job
 	var at []int
 	results := make([][]replicate.Result, len(m.volumes()))
+	for _, x := range m.volumes() {
+		x.openTargets(mode)
+	}
+	m.together()
 	for i, x := range m.volumes() {
-		if targets := x.openTargets(mode); len(targets) > 0 {
+		if targets := x.opened(); len(targets) > 0 {
 			jobs = append(jobs, replicate.Job{Source: x.src, Targets: targets, Options: x.options(o)})
 			at = append(at, i)
 		}
@@ -749,9 +779,8 @@ func (m *members) lock() error {
 	return nil
 }
 
-// openTargets opens what has passed the guards, and returns it for package replicate.
-func (m *members) openTargets(mode blockdev.Mode) []*replicate.Target {
-	var ts []*replicate.Target
+// openTargets opens what has passed the guards.
+func (m *members) openTargets(mode blockdev.Mode) {
 	for _, t := range m.targets {
 		if t.err != nil {
 			continue
@@ -768,6 +797,16 @@ func (m *members) openTargets(mode blockdev.Mode) []*replicate.Target {
 			t.open = open
 		} else {
 			t.open, t.vol = t.vol.open, nil
+		}
+	}
+}
+
+// opened are the targets for package replicate.
+func (m *members) opened() []*replicate.Target {
+	var ts []*replicate.Target
+	for _, t := range m.targets {
+		if t.err != nil {
+			continue
 		}
 		rt := newTarget(t.name, t.loc, t.open)
 		if rt.Pair = t.loc.Disk; t.esp != nil {

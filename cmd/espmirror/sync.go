@@ -103,6 +103,7 @@ func (inv *invocation) replicate(m *members, o replicate.Options, run engineRun,
 	for _, x := range m.volumes() {
 		x.inspect()
 	}
+	m.together()
 	mode := blockdev.ReadOnly
 	if write {
 		mode = blockdev.ReadWrite
