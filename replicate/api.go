@@ -111,9 +111,12 @@ type Options struct {
 	// SourceTree is the volume of a source that is read through its mount point, scanned after a sync(2) of it and before
 	// the source was opened: what the fingerprint of the source is taken of. It may be nil.
 	SourceTree  *fatdriver.Tree
-	Fingerprint bool      // do not read where the fingerprints of both sides are those of the last run
-	Force       bool      // the source wins, whatever the lineage says
-	Now         time.Time // what the state file calls now; zero: the clock
+	Fingerprint bool // do not read where the fingerprints of both sides are those of the last run
+	// BootedEntry and DefaultEntry are the EFI variables LoaderEntrySelected and LoaderEntryDefault, "" when not set: where
+	// entries have to go before there is room for new ones, these stay.
+	BootedEntry, DefaultEntry string
+	Force                     bool      // the source wins, whatever the lineage says
+	Now                       time.Time // what the state file calls now; zero: the clock
 
 	Log      *slog.Logger
 	Progress func(Progress) // called from several goroutines, never concurrently for one target; may be nil
@@ -144,6 +147,7 @@ type Commit struct {
 
 // Summary is what a plan will do, or did, to a target: exact numbers, not estimates.
 type Summary struct {
+	Early         []Change // deleted by a transaction of its own, to make room; not among Changes
 	Changes       []Change
 	Commits       []Commit
 	DataBytes     int64 // bytes of file content to write

@@ -120,6 +120,8 @@ type invocation struct {
 	out                  *bufio.Writer
 	report               report
 	err                  error
+	metrics              bool      // status --metrics
+	changed              []string  // members that this command has put into the set or taken out
 	bar                  *progress // nil until there is one
 }
 
@@ -157,6 +159,9 @@ func (inv *invocation) finish() int {
 				inv.err = fmt.Errorf("cannot write the result: %w", err)
 			}
 		}
+	} else if inv.metrics {
+		rep, _ := inv.report.(*statusReport)
+		writeMetrics(inv.out, rep, code)
 	} else if inv.report != nil {
 		inv.report.print(&output{Writer: inv.out, legend: !inv.noLegend, color: inv.color, width: inv.terminalWidth(inv.stdout)})
 	}

@@ -95,11 +95,12 @@ var hashSeed = maphash.MakeSeed()
 func hashes(t *testing.T) map[string]uint64 {
 	t.Helper()
 	sums := map[string]uint64{}
-	names, err := filepath.Glob("*.img")
-	if err != nil {
+	images, err := filepath.Glob("*.img")
+	nodes, err2 := filepath.Glob("machine/dev/sd*")
+	if err := errors.Join(err, err2); err != nil {
 		t.Fatal(err)
 	}
-	for _, name := range names {
+	for _, name := range append(images, nodes...) {
 		data, err := os.ReadFile(name)
 		if err != nil {
 			t.Fatal(err)

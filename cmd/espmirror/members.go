@@ -39,6 +39,7 @@ type members struct {
 	src     replicate.Source // the primary, once it is open
 	set     *replicate.Set   // the primary's replica set file, nil when it has none
 	bySet   bool             // the targets are those of the set, not of the command line
+	booted  bool             // nobody named the primary: it is what the machine was started from
 	scanned *fatdriver.Tree  // the volume of a primary that is read through its mount point
 	boot    *members         // the XBOOTLDR partitions on the same disks, nil when the primary's disk has none
 	esp     *members         // of XBOOTLDR partitions, the ESPs that they belong to
@@ -55,8 +56,9 @@ type member struct {
 	err    error // why a target takes no part, or could not be closed
 	place  int   // of its result among the results, from 1; 0 when it took no part
 
-	esp *member        // of an XBOOTLDR partition: the ESP of its disk
-	set *replicate.Set // the set file that is on the target; nil when there is none
+	esp  *member        // of an XBOOTLDR partition: the ESP of its disk
+	set  *replicate.Set // the set file that is on the target; nil when there is none
+	diff *setDifference // how that differs from the primary's; nil when it does not
 }
 
 // guid is the partition GUID, "" when there is none.
@@ -111,24 +113,36 @@ func (inv *invocation) selection() replicate.Selection {
 	return replicate.Selection{Select: inv.list("select"), Exclude: inv.list("exclude")}
 }
 
+// timeout is --timeout; given is false when it was not, or the command does not have it.
+func (inv *invocation) timeout() (limit time.Duration, given bool, err error) {
+	v := inv.text("timeout")
+	if v == "" {
+		return 0, false, nil
+	}
+	if limit, err = parseTime(v); err != nil {
+		return 0, true, usagef("--timeout: %v", err)
+	}
+	return limit, true, nil
+}
+
 // primaryName is --primary, or what bootctl would take for the ESP: SYSTEMD_ESP_PATH, or the partition that the machine
-// was started from. The error says why none is known.
-func (inv *invocation) primaryName() (string, error) {
+// was started from, and then booted is true. The error says why none is known.
+func (inv *invocation) primaryName() (name string, booted bool, err error) {
 	if name := inv.text("primary"); name != "" {
-		return name, nil
+		return name, false, nil
 	}
 	if name := os.Getenv("SYSTEMD_ESP_PATH"); name != "" {
-		return name, nil
+		return name, false, nil
 	}
 	boot, err := gpt.Booted(inv.system)
 	if err != nil {
-		return "", err
+		return "", false, err
 	}
 	for _, p := range boot.Problems {
 		inv.log.Warn(p)
 	}
 	inv.log.Debug("the primary is what was booted", "PARTUUID", boot.PartUUID, "variable", boot.Via)
-	return "PARTUUID=" + boot.PartUUID, nil
+	return "PARTUUID=" + boot.PartUUID, true, nil
 }
 
 // newMembers finds the volumes that the command line names. An error stops the whole run; nothing is open then.
@@ -137,14 +151,14 @@ func (inv *invocation) newMembers(verb string) (*members, error) {
 	return inv.newMembersOf(verb, names, len(names) == 0)
 }
 
-// newMembersOf finds the primary and the targets with the given names. bySet adds the members of the replica set that
+// newMembersOf finds the primary and the targets with the given names. Nothing is open when there is an error. bySet adds the members of the replica set that
 // are not among them.
 func (inv *invocation) newMembersOf(verb string, names []string, bySet bool) (*members, error) {
-	name, err := inv.primaryName()
+	name, booted, err := inv.primaryName()
 	if err != nil {
 		return nil, &usageError{"no primary was given: " + err.Error(), "name it with --primary, or in SYSTEMD_ESP_PATH"}
 	}
-	m := &members{inv: inv, verb: verb, primary: &member{name: name}, bySet: bySet}
+	m := &members{inv: inv, verb: verb, primary: &member{name: name}, bySet: bySet, booted: booted}
 	for _, name := range names {
 		if isDir(name) {
 			return nil, refusef("cannot %s %s: it is a directory, and a target is a device or an image", verb, name)
@@ -154,31 +168,40 @@ func (inv *invocation) newMembersOf(verb string, names []string, bySet bool) (*m
 	m.dry = inv.flag("dry-run") || verb == "compare" || verb == "verify"
 	err = m.find(existing(names))
 	if err == nil {
+		m.checkKinds()
 		err = m.findPairs()
 	}
 	if err != nil {
 		m.close()
-		return nil, err
+		return m, err // what was found so far
 	}
 	return m, nil
 }
 
+// primaryError marks what is wrong with the primary or its set, as opposed to the command line.
+type primaryError struct{ error }
+
+func (e primaryError) Unwrap() error { return e.error }
+
 // find finds the primary and the targets. among are volumes to look in for names such as PARTUUID=….
 func (m *members) find(among []string) error {
 	if err := m.findPrimary(among); err != nil {
-		return fmt.Errorf("cannot use primary %s: %w", m.primary.name, err)
+		return primaryError{fmt.Errorf("cannot use primary %s: %w", m.primary.name, err)}
 	}
 	m.findTargets(m.targets, among)
+	named := len(m.targets)
 	if m.bySet {
-		named := len(m.targets)
 		if err := m.findSet(); err != nil {
 			return err
 		}
 		m.findTargets(m.targets[named:], among)
-		for _, t := range m.targets[named:] {
-			if t.loc != nil {
-				t.name = t.loc.String()
-			}
+	}
+	if err := m.wait(among); err != nil {
+		return err
+	}
+	for _, t := range m.targets[named:] {
+		if t.loc != nil {
+			t.name = t.loc.String()
 		}
 	}
 	return m.sameTwice()
@@ -187,12 +210,59 @@ func (m *members) find(among []string) error {
 func (m *members) findTargets(targets []*member, among []string) {
 	for _, t := range targets {
 		loc, err := m.inv.findTarget(t.name, among)
-		if err != nil {
+		if guid, ok := strings.CutPrefix(t.name, "PARTUUID="); ok && m.bySet && errors.As(err, new(missing)) {
+			err = withHint(err, "connect its disk; if it is gone for good, take it out of the set with `espmirror remove %s`", guid)
+		}
+		if t.err = nil; err != nil {
 			t.err = fmt.Errorf("cannot %s %s: %w", m.verb, t.name, err)
-			continue
 		}
 		t.loc = loc
 	}
+}
+
+// wait gives disks that are late the time that --timeout or the set allows, and finds them then. Who only looks does not
+// wait for a disk that may be dead.
+func (m *members) wait(among []string) error {
+	limit, given, err := m.inv.timeout()
+	if err != nil {
+		return err
+	}
+	if !given && m.bySet && m.verb == "sync" && m.set != nil {
+		limit, _ = m.set.Timeout()
+	}
+	var late []*member
+	for _, t := range m.targets {
+		if strings.HasPrefix(t.name, "PARTUUID=") && errors.As(t.err, new(missing)) {
+			late = append(late, t)
+		}
+	}
+	if err := m.waitFor(limit, late...); err != nil {
+		return err
+	}
+	if limit > 0 {
+		m.findTargets(late, among)
+	}
+	return nil
+}
+
+// waitFor waits until members that are named by PARTUUID are there, and no longer than limit.
+func (m *members) waitFor(limit time.Duration, late ...*member) error {
+	if limit <= 0 || len(late) == 0 {
+		return nil
+	}
+	guids := make([]string, len(late))
+	for i, t := range late {
+		guids[i] = strings.TrimPrefix(t.name, "PARTUUID=")
+	}
+	w := gpt.Waiter{System: m.inv.system, Tell: func(missing []string) {
+		m.inv.log.Info("waiting for "+partUUIDs(missing), "timeout", limit.String())
+	}}
+	_, err := w.Wait(m.inv.ctx, guids, limit)
+	if err != nil && m.inv.ctx.Err() == nil {
+		m.inv.log.Warn("cannot wait for disks", "err", err)
+		return nil
+	}
+	return err
 }
 
 func (m *members) findPrimary(among []string) error {
@@ -224,14 +294,29 @@ func (m *members) findPrimary(among []string) error {
 		}
 		return nil
 	}
+	if m.booted {
+		among = nil // an image on the command line may be a copy of what was booted
+	}
 	var err error
-	if p.loc, err = m.inv.findTarget(p.name, among); err != nil {
+	if p.loc, err = m.inv.findTarget(p.name, among); errors.As(err, new(missing)) && strings.HasPrefix(p.name, "PARTUUID=") {
+		limit, _, terr := m.inv.timeout()
+		if terr == nil {
+			terr = m.waitFor(limit, p)
+		}
+		if terr != nil {
+			return terr
+		}
+		if limit > 0 {
+			p.loc, err = m.inv.findTarget(p.name, among)
+		}
+	}
+	if err != nil {
 		if gone := (missing{}); errors.As(err, &gone) {
 			err = gone.error // it is the run that fails, not one of several
 		}
 		return err
 	}
-	if m.inv.text("primary") == "" && p.loc.Part != nil && p.loc.Part.Type == gpt.TypeXBOOTLDR {
+	if m.booted && p.loc.Part != nil && p.loc.Part.Type == gpt.TypeXBOOTLDR {
 		// A boot loader that was started from there names it; the ESP beside it is what the set is about.
 		loc, problems, err := m.inv.finder().OnSameDisk(p.loc, gpt.TypeESP)
 		if err != nil {
@@ -242,7 +327,7 @@ func (m *members) findPrimary(among []string) error {
 		}
 		p.loc = loc
 	}
-	if strings.HasPrefix(p.name, "PARTUUID=") && m.inv.text("primary") == "" {
+	if m.booted {
 		p.name = p.loc.String()
 	}
 	return nil
@@ -251,7 +336,7 @@ func (m *members) findPrimary(among []string) error {
 // findSet takes the other members of the replica set for targets.
 func (m *members) findSet() error {
 	if _, err := m.source(); err != nil {
-		return err
+		return primaryError{err}
 	}
 	p := m.primary
 	if m.set == nil {
@@ -259,8 +344,11 @@ func (m *members) findSet() error {
 			"name each target with --target, or make a replica set with `espmirror add`"}
 	}
 	if !m.isMember() {
-		return withHint(refusef("cannot %s: primary %s is not in its own replica set, %s", m.verb, p.name, replicate.SetPath),
-			"add it with `espmirror add`, or name the targets with --target")
+		hint := "add it with `espmirror add`, or name the targets with --target"
+		if p.guid() == "" {
+			hint = "name the targets with --target; only a partition of a GPT can be a member"
+		}
+		return primaryError{withHint(refusef("cannot %s: primary %s is not in its own replica set, %s", m.verb, p.name, replicate.SetPath), "%s", hint)}
 	}
 	for _, guid := range m.set.Members() {
 		if guid != p.guid() && !slices.ContainsFunc(m.targets, func(t *member) bool { return t.guid() == guid }) {
@@ -270,33 +358,7 @@ func (m *members) findSet() error {
 	if len(m.targets) == 0 {
 		m.inv.log.Info("the replica set has no other member", "primary", p.name)
 	}
-	return m.wait()
-}
-
-// wait gives disks that are late the time that --timeout or the set allows.
-func (m *members) wait() error {
-	limit, _ := m.set.Timeout()
-	if v := m.inv.text("timeout"); v != "" {
-		var err error
-		if limit, err = parseTime(v); err != nil {
-			return usagef("--timeout: %v", err)
-		}
-	}
-	var guids []string
-	for _, t := range m.targets {
-		if guid, ok := strings.CutPrefix(t.name, "PARTUUID="); ok && t.loc == nil {
-			guids = append(guids, guid)
-		}
-	}
-	if limit <= 0 || len(guids) == 0 {
-		return nil
-	}
-	_, err := gpt.Wait(m.inv.ctx, m.inv.system, guids, limit)
-	if err != nil && m.inv.ctx.Err() == nil {
-		m.inv.log.Warn("cannot wait for disks", "err", err)
-		return nil
-	}
-	return err
+	return nil
 }
 
 // isMember says whether the primary is in its own replica set.
@@ -307,18 +369,27 @@ func (m *members) isMember() bool {
 	return m.set != nil && m.primary.guid() != "" && m.set.Has(m.primary.guid())
 }
 
+// checkKinds refuses an XBOOTLDR partition that is named as the target of an ESP: the one on the disk of a target goes with
+// it by itself.
+func (m *members) checkKinds() {
+	p := m.primary
+	if p.loc == nil || p.loc.Part == nil || p.loc.Part.Type != gpt.TypeESP || !slices.Contains([]string{"sync", "compare", "verify", "add"}, m.verb) {
+		return
+	}
+	for _, t := range m.targets {
+		if t.err == nil && t.loc.Part != nil && t.loc.Part.Type == gpt.TypeXBOOTLDR {
+			t.err = withHint(refusef("cannot %s %s: it is an XBOOTLDR partition, and primary %s an ESP", m.verb, t.name, p.name),
+				"name the ESP on its disk: the XBOOTLDR partition goes with it")
+		}
+	}
+}
+
 // findPairs finds the XBOOTLDR partitions: a boot loader takes the one on its own disk, so that of the primary's disk goes
 // to those on the targets' disks.
 func (m *members) findPairs() error {
 	p := m.primary
-	if p.loc == nil || p.loc.Part == nil || p.loc.Part.Type != gpt.TypeESP || m.verb == seedVerb {
+	if p.loc == nil || p.loc.Part == nil || p.loc.Part.Type != gpt.TypeESP || !slices.Contains([]string{"sync", "compare", "verify"}, m.verb) {
 		return nil
-	}
-	for _, t := range m.targets {
-		if t.loc != nil && t.loc.Part != nil && t.loc.Part.Type == gpt.TypeXBOOTLDR && t.err == nil {
-			t.err = withHint(refusef("cannot %s %s: it is an XBOOTLDR partition, and primary %s an ESP", m.verb, t.name, p.name),
-				"name the ESP on its disk: the XBOOTLDR partition goes with it")
-		}
 	}
 	find := func(loc *gpt.Location) (*gpt.Location, error) {
 		boot, problems, err := m.inv.finder().OnSameDisk(loc, gpt.TypeXBOOTLDR)
@@ -357,26 +428,6 @@ func (m *members) findPairs() error {
 	return nil
 }
 
-// together leaves out a volume whose partner is left out by a guard. That there is no partner is no reason: the boot loader
-// on the ESP is as good as it was without one.
-func (m *members) together() {
-	if m.boot == nil || m.verb != "sync" {
-		return
-	}
-	leave := func(t, partner *member) {
-		if t.err == nil && partner.err != nil && !errors.As(partner.err, new(missing)) {
-			t.err = fmt.Errorf("cannot sync %s: it goes with %s, which was not synced", t.name, partner.name)
-			if isRefusal(partner.err) {
-				t.err = refusal{t.err}
-			}
-		}
-	}
-	for _, x := range m.boot.targets {
-		leave(x, x.esp)
-		leave(x.esp, x)
-	}
-}
-
 // volumes are the sets of volumes of a run in the order in which they are written: what entries refer to first.
 func (m *members) volumes() []*members {
 	if m.boot != nil {
@@ -391,7 +442,14 @@ func (m *members) sources() error {
 	if err != nil || m.boot == nil {
 		return err
 	}
-	if src, err = m.boot.source(); err != nil {
+	if src, err = m.boot.source(); errors.Is(err, fatdriver.ErrNotFAT) {
+		// Linux and GRUB read other filesystems there. The ESPs are no worse for it.
+		m.inv.log.Warn("the XBOOTLDR partition is not FAT, and is not replicated", "primary", m.boot.primary.name, "err", err)
+		m.boot.close()
+		m.boot = nil
+		return nil
+	}
+	if err != nil {
 		return err
 	}
 	o := m.boot.options(replicate.Options{Selection: m.inv.selection()})
@@ -415,7 +473,9 @@ func (m *members) run(mode blockdev.Mode, o replicate.Options, run engineRun) ([
 	for _, x := range m.volumes() {
 		x.openTargets(mode)
 	}
-	m.together()
+	if m.verb == "sync" {
+		m.together() // one that could not be opened
+	}
 	for i, x := range m.volumes() {
 		if targets := x.opened(); len(targets) > 0 {
 			jobs = append(jobs, replicate.Job{Source: x.src, Targets: targets, Options: x.options(o)})
@@ -572,11 +632,17 @@ func (m *members) recoverPrimary() error {
 		return nil // a damaged volume is refused when it is opened as a source
 	}
 	if m.dry {
-		if m.verb == "compare" || m.verb == "verify" {
+		if m.verb == "compare" || m.verb == "verify" || m.verb == waitVerb {
 			return nil // what readers see now is what counts
 		}
 		return recoverHint(replicate.ErrNeedsRecovery, p.name)
 	}
+	locks, err := m.inv.system.LockDisks(m.inv.ctx, lockWait, p.loc.ID())
+	if err != nil {
+		return err
+	}
+	defer locks.Release()
+	m.inv.log.Info("an earlier run on the primary was interrupted, and is finished first", "primary", p.name)
 	_ = p.vol.Close()
 	p.vol = nil
 	err = m.withPrimary(func(t *replicate.Target) error {
@@ -613,8 +679,12 @@ func (m *members) save(ctx context.Context, state []byte) error {
 func (m *members) put(ctx context.Context, f replicate.File) error {
 	now := time.Now()
 	f.Meta = fatdriver.Meta{Attr: fatdriver.AttrArchive, Created: now, Modified: now, Accessed: now}
-	if m.primary.dir != "" {
-		return replicate.PutDir(m.primary.dir, []replicate.File{f})
+	if dir := m.primary.dir; dir != "" {
+		err := replicate.PutDir(dir, []replicate.File{f})
+		if errors.Is(err, unix.EROFS) {
+			err = withHint(refusal{err}, "mount it for writing: mount -o remount,rw %s", quoted(dir))
+		}
+		return err
 	}
 	return m.withPrimary(func(t *replicate.Target) error {
 		_, err := replicate.Put(ctx, t, []replicate.File{f}, replicate.Options{Log: m.inv.engineLog(false)})
@@ -633,6 +703,9 @@ func (m *members) options(o replicate.Options) replicate.Options {
 	if m.esp != nil {
 		o.SourceGUID = m.esp.primary.guid()
 	}
+	if boot, err := gpt.Booted(m.inv.system); err == nil {
+		o.BootedEntry, o.DefaultEntry = boot.Entry, boot.Default
+	}
 	o.SourceAs, o.SourceMount = m.asTarget()
 	o.SourceTree = m.scanned
 	if o.Member = m.isMember(); o.Member {
@@ -641,9 +714,13 @@ func (m *members) options(o replicate.Options) replicate.Options {
 	if set == nil {
 		return o
 	}
-	if len(o.Selection.Select) == 0 && len(o.Selection.Exclude) == 0 {
-		o.Selection = set.Selection()
+	// What the set leaves out stays out whatever the command line adds: what is not left out is deleted where the primary
+	// does not have it.
+	sel := set.Selection()
+	if len(o.Selection.Select) == 0 {
+		o.Selection.Select = sel.Select
 	}
+	o.Selection.Exclude = append(sel.Exclude, o.Selection.Exclude...)
 	if n, ok := set.KeepFree(); ok && o.KeepFree == 0 {
 		o.KeepFree = n
 	}
@@ -707,15 +784,97 @@ func (m *members) inspectOne(t *member) error {
 		return refuseContent(err)
 	}
 	t.vol, t.serial = vol, vol.fat.UUID()
-	if m.boot != nil {
+	if m.esp == nil && (m.set != nil || m.boot != nil) {
 		// Its XBOOTLDR partition goes by the set file that is here. What is wrong with the volume shows later.
 		if src, err := replicate.OpenVolumeSource(t.name, vol.fat); err == nil {
 			if t.set, err = replicate.ReadSet(src); err != nil {
 				m.inv.log.Warn("the target's replica set file cannot be read", "target", t.name, "err", err)
 			}
+			m.compareSets(t)
 		}
 	}
 	return checkMD(vol.open)
+}
+
+// together leaves out the volumes whose partner on the same disk did not pass the guards, as package replicate does with
+// those that fail later. That a disk has no XBOOTLDR partition at all is no reason to let its ESP go stale.
+func (m *members) together() {
+	if m.boot == nil {
+		return
+	}
+	for _, x := range m.boot.targets {
+		fail := func(t, partner *member) {
+			t.err = refusef("cannot %s %s: it goes with %s, which cannot be used", m.verb, t.name, partner.name)
+		}
+		switch {
+		case x.err == nil && x.esp.err != nil:
+			fail(x, x.esp)
+		case x.err != nil && x.esp.err == nil && !errors.As(x.err, new(missing)):
+			fail(x.esp, x)
+		}
+	}
+}
+
+// setDifference says how the set file of a target differs from the primary's.
+type setDifference struct {
+	There []string `json:"only_there"` // members that only the target's lists
+	Here  []string `json:"only_here"`  // members that only the primary's lists
+}
+
+// compareSets compares the set file of a target with the primary's, and tells of members that were taken out behind its
+// back: who boots from there goes by what it says.
+func (m *members) compareSets(t *member) {
+	if m.set == nil || t.set == nil || string(m.set.Bytes()) == string(t.set.Bytes()) {
+		return
+	}
+	others := func(s, than *replicate.Set) []string {
+		list := []string{}
+		for _, guid := range s.Members() {
+			if !than.Has(guid) && !slices.Contains(m.inv.changed, guid) {
+				list = append(list, guid)
+			}
+		}
+		return list
+	}
+	d := &setDifference{others(t.set, m.set), others(m.set, t.set)}
+	t.diff = d
+	switch text := "the target's " + replicate.SetPath; {
+	case len(d.There) > 0:
+		m.inv.log.Warn(text+" lists members that the primary's does not: "+strings.Join(d.There, ", "), "target", t.name)
+	case len(d.Here) > 0:
+		m.inv.log.Info(text+" does not list members that the primary's does: "+strings.Join(d.Here, ", "), "target", t.name)
+	case len(m.inv.changed) == 0:
+		m.inv.log.Info(text+" is not the primary's", "target", t.name)
+	}
+}
+
+// lineageHint says what to do where the primary is not the newer one, in commands that can be given as they are: those of
+// the ESPs, with which their XBOOTLDR partitions go.
+func (m *members) lineageHint(err error, t *member) error {
+	p := m.primary
+	if m.esp != nil {
+		p, t = m.esp.primary, t.esp
+	}
+	way := func(from, to *member, force string) string {
+		return fmt.Sprintf("`espmirror sync %s--primary %s --target %s`", force, quoted(from.name), quoted(to.name))
+	}
+	device, unmounted := p, ""
+	if p.dir != "" {
+		device, unmounted = &member{}, " (once the primary is not mounted)"
+		if p.loc != nil {
+			device.name = p.loc.String()
+		}
+	}
+	switch {
+	case errors.Is(err, replicate.ErrStaleSource) && device.name != "":
+		return withHint(err, "replicate the other way: %s%s, or boot from %s; --force overwrites it all the same", way(t, device, ""), unmounted, t.name)
+	case errors.Is(err, replicate.ErrDiverged) && device.name != "":
+		return withHint(err, "look at both, and name the winner: %s keeps what %s has, %s what %s has%s",
+			way(p, t, "--force "), p.name, way(t, device, "--force "), t.name, unmounted)
+	case errors.Is(err, replicate.ErrDiverged):
+		return withHint(err, "%s overwrites what %s has", way(p, t, "--force "), t.name)
+	}
+	return err
 }
 
 // duplicates refuses targets whose identity another member has too: firmware and Linux could take one for the other.
@@ -767,10 +926,22 @@ func (m *members) lock() error {
 				ids = append(ids, t.loc.ID())
 			}
 		}
-		if m.isMember() && m.primary.dir == "" && m.primary.loc != nil {
-			ids = append(ids, m.primary.loc.ID()) // the generation is noted there
+		if m.isMember() {
+			ids = append(ids, m.primaryDisk()...) // the generation is noted there
 		}
 	}
+	return m.lockDisks(ids...)
+}
+
+// primaryDisk is what has to be locked to write to the primary. Where it is mounted nobody else writes to the device.
+func (m *members) primaryDisk() []blockdev.ID {
+	if m.primary.dir != "" || m.primary.loc == nil {
+		return nil
+	}
+	return []blockdev.ID{m.primary.loc.ID()}
+}
+
+func (m *members) lockDisks(ids ...blockdev.ID) error {
 	locks, err := m.inv.system.LockDisks(m.inv.ctx, lockWait, ids...)
 	if err != nil {
 		return err
@@ -809,8 +980,11 @@ func (m *members) opened() []*replicate.Target {
 			continue
 		}
 		rt := newTarget(t.name, t.loc, t.open)
-		if rt.Pair = t.loc.Disk; t.esp != nil {
-			rt.Pair, rt.Member, rt.Set, rt.As = t.esp.loc.Disk, t.esp.guid(), t.esp.set, t.esp.name
+		if m.boot != nil {
+			rt.Pair = t.loc.String()
+		}
+		if t.esp != nil {
+			rt.Pair, rt.Member, rt.Set, rt.As = t.esp.loc.String(), t.esp.guid(), t.esp.set, t.esp.name
 		}
 		ts = append(ts, rt)
 		t.place = len(ts)
@@ -898,7 +1072,7 @@ func (m *members) outcomesOf(results []replicate.Result, runErr error) []*outcom
 			r := &results[t.place-1]
 			o.result = r
 			if r.Err != nil {
-				o.err = recoverHint(prefixed(m.verb, t.name, r.Err), t.name)
+				o.err = m.lineageHint(recoverHint(prefixed(m.verb, t.name, r.Err), t.name), t)
 				switch {
 				case r.Outcome == replicate.Refused:
 					o.err = refusal{o.err}

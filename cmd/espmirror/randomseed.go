@@ -56,6 +56,14 @@ func (inv *invocation) seedMembers() (*members, []*member, error) {
 			set.close()
 		case !errors.As(err, &noSet):
 			return nil, nil, err
+		case first == "":
+			// In no set, but booted from: it is the one volume that the machine has.
+			if name, booted, err := inv.primaryName(); err == nil {
+				alone := &members{inv: inv, verb: seedVerb, primary: &member{name: name}, booted: booted}
+				if err := alone.findPrimary(nil); err == nil {
+					first = alone.primary.name
+				}
+			}
 		}
 	}
 	if first != "" {

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"path/filepath"
 	"strings"
@@ -8,6 +9,7 @@ import (
 	"github.com/google/uuid"
 	"github.com/urfave/cli/v2"
 
+	"espmirror/gpt"
 	"espmirror/replicate"
 )
 
@@ -49,7 +51,7 @@ func (inv *invocation) setCommandFlags() []cli.Flag {
 
 // changeSet adds members to the replica set, or takes some out.
 func (inv *invocation) changeSet(verb string) (report, error) {
-	rep := &setReport{Command: verb, DryRun: inv.flag("dry-run"), Changed: []setChange{}}
+	rep := &setReport{Command: verb, DryRun: inv.flag("dry-run"), Changed: []setChange{}, quiet: inv.quiet}
 	names := inv.c.Args().Slice()
 	var volumes []string
 	for _, name := range names {
@@ -72,7 +74,7 @@ func (inv *invocation) changeSet(verb string) (report, error) {
 	rep.Primary, rep.Members = m.primary.name, set.Members()
 	rep.Written = !rep.DryRun && (m.set == nil || string(m.set.Bytes()) != string(set.Bytes()))
 	if rep.Written {
-		if err := m.lock(); err != nil {
+		if err := m.lockDisks(m.primaryDisk()...); err != nil {
 			return nil, err
 		}
 		if err := m.put(inv.ctx, replicate.File{Path: replicate.SetPath, Content: set.Bytes()}); err != nil {
@@ -83,17 +85,36 @@ func (inv *invocation) changeSet(verb string) (report, error) {
 	if rep.DryRun || inv.flag("no-sync") || len(set.Members()) < 2 {
 		return rep, nil
 	}
+	for _, c := range rep.Changed {
+		inv.changed = append(inv.changed, c.GUID)
+	}
 	if verb == "remove" {
 		volumes = nil
 	}
 	if m, err = inv.newMembersOf("sync", volumes, true); err != nil {
-		return rep, err
+		return rep, rep.notSynced(err)
 	}
 	run, err := inv.replicate(m, replicate.Options{Log: inv.engineLog(false)}, inv.engine.sync, true)
 	if r, ok := run.(*runReport); ok {
 		rep.Sync = r
 	}
-	return rep, err
+	return rep, rep.notSynced(err)
+}
+
+// notSynced sees to it that no exit status says "nothing was written" when the set has been changed.
+func (r *setReport) notSynced(err error) error {
+	var targets *targetsError
+	switch {
+	case err == nil || !r.Written:
+		return err
+	case errors.As(err, &targets):
+		targets.wrote = true
+		return err
+	case exitCode(err) == exitRefused:
+		e := &targetsError{verb: "sync", errs: []error{err}, total: 1, wrote: true}
+		return e
+	}
+	return err
 }
 
 // isGUID says whether a name is a partition GUID rather than a volume.
@@ -114,9 +135,8 @@ func (m *members) changed(rep *setReport, names []string) (*replicate.Set, error
 		return nil, err
 	}
 	own := p.guid()
-	if own == "" {
-		return nil, withHint(refusef("cannot %s: primary %s has no partition GUID, by which a replica set knows its members", m.verb, p.name),
-			"a member is a partition of a GPT")
+	if err := m.canBeMember(p); err != nil {
+		return nil, err
 	}
 	if rep.Command == "remove" {
 		volumes := m.targets
@@ -135,13 +155,26 @@ func (m *members) changed(rep *setReport, names []string) (*replicate.Set, error
 				return nil, withHint(refusef("cannot remove %s: it is the primary", name), "run it with another member as --primary")
 			}
 			if !set.Remove(guid) {
-				return nil, withHint(refusef("cannot remove %s: %s is not in the replica set", name, guid), "the members are %s", strings.Join(set.Members(), ", "))
+				err := refusef("cannot remove %s: it is not in the replica set", name)
+				if guid != name {
+					err = refusef("cannot remove %s: %s is not in the replica set", name, guid)
+				}
+				if set := set.Members(); len(set) > 0 {
+					err = withHint(err, "the members are %s", strings.Join(set, ", "))
+				}
+				return nil, err
 			}
 			rep.Changed = append(rep.Changed, setChange{guid, name})
 		}
 		return set, nil
 	}
 	m.inspect()
+	for _, t := range m.targets {
+		if t.err == nil {
+			t.err = m.canBeMember(t)
+		}
+	}
+	m.knownTwice()
 	if err := m.failureOf(m.outcomes(nil, nil)); err != nil {
 		return nil, err
 	}
@@ -156,15 +189,65 @@ func (m *members) changed(rep *setReport, names []string) (*replicate.Set, error
 		return nil, err
 	}
 	for _, t := range m.targets {
-		if t.guid() == "" {
-			return nil, withHint(refusef("cannot add %s: it has no partition GUID, by which a replica set knows its members", t.name),
-				"a member is a partition of a GPT")
-		}
 		if err := add(t.guid(), describe(t)); err != nil {
 			return nil, err
 		}
 	}
 	return set, nil
+}
+
+// canBeMember refuses what a set could not find again, and XBOOTLDR partitions, which go with the ESPs of their disks.
+func (m *members) canBeMember(t *member) error {
+	guid := t.guid()
+	if _, err := uuid.Parse(guid); err != nil { // an MBR has no GUIDs either
+		return withHint(refusef("cannot %s %s: it has no partition GUID, by which a replica set knows its members", m.verb, t.name),
+			"a member is a partition of a GPT")
+	}
+	if t.loc.Part.Type == gpt.TypeXBOOTLDR {
+		return withHint(refusef("cannot %s %s: it is an XBOOTLDR partition", m.verb, t.name), "name the ESP of the same disk, and it goes along")
+	}
+	return nil
+}
+
+// knownTwice refuses new members whose identity a member has already that is not on the command line: the copy of a disk
+// would take the place of the original in each run from then on.
+func (m *members) knownTwice() {
+	if m.set == nil {
+		return
+	}
+	for _, guid := range m.set.Members() {
+		if guid == m.primary.guid() {
+			continue
+		}
+		// What cannot be found or read is no reason to refuse anything.
+		loc, err := m.inv.finder().FindPartUUID(guid)
+		if errors.Is(err, gpt.ErrAmbiguous) {
+			for _, t := range m.targets {
+				if t.err == nil && t.guid() == guid {
+					t.err = duplicate{fmt.Errorf("cannot add %s: %w", t.name, err)}
+				}
+			}
+		}
+		if err != nil {
+			continue
+		}
+		other := &member{name: loc.String(), loc: loc}
+		if vol, err := m.inv.openLocation(other.name, loc); err == nil {
+			other.serial = vol.fat.UUID()
+			_ = vol.Close()
+		}
+		for _, t := range m.targets {
+			if t.err != nil {
+				continue
+			}
+			if same, err := gpt.SameVolume(t.loc, loc); err != nil || same {
+				continue
+			}
+			if what := sharedIdentity(t, other); what != "" {
+				t.err = duplicate{refusef("cannot add %s: it has the same %s as member %s", t.name, what, other.name)}
+			}
+		}
+	}
 }
 
 // describe is the comment beside a member, for people: names of devices change.
@@ -189,6 +272,8 @@ type setReport struct {
 	Members []string    `json:"members"`
 	Written bool        `json:"written"`
 	Sync    *runReport  `json:"sync,omitempty"`
+
+	quiet bool
 }
 
 type setChange struct {
@@ -197,8 +282,10 @@ type setChange struct {
 }
 
 func (r *setReport) print(o *output) {
-	words := map[string]string{"add": "added", "remove": "removed"}
-	word := words[r.Command]
+	if r.quiet {
+		return
+	}
+	word := map[string]string{"add": "added", "remove": "removed"}[r.Command]
 	if r.DryRun {
 		word = "to be " + word
 	}
@@ -206,7 +293,7 @@ func (r *setReport) print(o *output) {
 		o.printf("%s %s (%s)\n", word, c.GUID, safe(c.Name))
 	}
 	if len(r.Changed) == 0 {
-		o.printf("the replica set is as it should be\n")
+		o.printf("the replica set has them already\n")
 	}
 	if r.Sync != nil {
 		r.Sync.print(o)

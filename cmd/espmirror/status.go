@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"slices"
 	"strings"
@@ -21,23 +22,34 @@ func (inv *invocation) statusCommand() *cli.Command {
 		Name:      "status",
 		Usage:     "show primary and targets, and whether they are in sync (the default command)",
 		UsageText: "espmirror status [OPTIONS] [--primary VOLUME] [--target VOLUME]...",
-		Description: "With no volume named, the ESPs of this machine and their health. Nothing is written. States: ok, in sync,\n" +
-			"drifted, needs recovery, damaged, busy, missing, refused, failed.",
-		Flags:  append(append(setFlags(), selectFlags()...), noProgressFlag()),
+		Description: "With no volume named, the replica set of the ESP that was booted; without a set, the ESPs of this machine\n" +
+			"and their health. Nothing is written. GEN is the generation: it grows with each completed change.\n\n" +
+			"States: ok, in sync, drifted (files differ), stale (behind the primary), new (never in a set), newer (ahead\n" +
+			"of the primary: it is refused), diverged (both were changed: it is refused), needs recovery, damaged, busy,\n" +
+			"missing, refused, failed, stopped.",
+		Flags: append(append(setFlags(), selectFlags()...), noProgressFlag(), &cli.BoolFlag{Name: "metrics",
+			Usage: "print gauges for Prometheus (OpenMetrics text) in place of the table", DisableDefaultText: true}),
 		Action: inv.action(0, 0, "name the volumes with --primary and --target", inv.status),
 	}
 }
 
 func (inv *invocation) status() (report, error) {
 	rep := &statusReport{Volumes: []statusVolume{}}
+	if inv.metrics = inv.flag("metrics"); inv.metrics && inv.json != "off" {
+		inv.metrics = false
+		return nil, usagef("--metrics and --json exclude each other")
+	}
 	m, err := inv.newMembers("compare")
-	noSet := (*usageError)(nil)
-	if !errors.As(err, &noSet) {
-		if err != nil {
-			return nil, err
-		}
+	var noSet *usageError
+	var broken primaryError
+	switch {
+	case err == nil:
 		defer m.close()
 		return inv.statusOfSet(rep, m)
+	case errors.As(err, &broken):
+		return inv.statusWithout(rep, m, err), err
+	case !errors.As(err, &noSet):
+		return nil, err
 	}
 	// There is nothing to compare: the volumes are shown one by one.
 	primary, targets := inv.text("primary"), inv.list("target")
@@ -78,6 +90,30 @@ func (inv *invocation) status() (report, error) {
 		}
 	}
 	return rep, worst(errs)
+}
+
+// statusWithout shows what is known when the primary cannot be used.
+func (inv *invocation) statusWithout(rep *statusReport, m *members, err error) report {
+	p := &statusVolume{Role: "primary", Name: m.primary.name, Directory: m.primary.dir}
+	if m.primary.loc != nil {
+		p.identity = identityOf(m.primary.loc)
+	}
+	if p.fail(err); errors.Is(err, gpt.ErrNotFound) || errors.Is(err, fs.ErrNotExist) {
+		p.State = "missing"
+		p.PartGUID, _ = strings.CutPrefix(m.primary.name, "PARTUUID=")
+		if p.PartGUID == m.primary.name {
+			p.PartGUID = ""
+		}
+	}
+	rep.Volumes = append(rep.Volumes, *p)
+	for _, name := range inv.list("target") {
+		v, err := inv.health("target", name)
+		if err != nil {
+			inv.log.Warn(err.Error())
+		}
+		rep.Volumes = append(rep.Volumes, *v)
+	}
+	return rep
 }
 
 // health tells what is known of one volume by itself.
@@ -131,7 +167,7 @@ func (inv *invocation) examine(role string, v *volume) (*statusVolume, error) {
 	}
 	s.Free = &free
 	if err := tree.Damage(); err != nil {
-		return s, withHint(wrap(err), "run `espmirror check %s` to see all of it", v.name)
+		return s, withHint(wrap(err), "run `espmirror check %s` to see all of it", quoted(v.name))
 	}
 	if role == "target" {
 		if err := v.fat.TargetError(); err != nil {
@@ -177,6 +213,8 @@ func (inv *invocation) statusOfSet(rep *statusReport, m *members) (report, error
 			s := &statusVolume{Role: "target", Name: t.name}
 			if t.loc != nil {
 				s.identity = identityOf(t.loc)
+			} else if guid, ok := strings.CutPrefix(t.name, "PARTUUID="); ok {
+				s.PartGUID = guid
 			}
 			if t.vol != nil {
 				var err error
@@ -184,6 +222,7 @@ func (inv *invocation) statusOfSet(rep *statusReport, m *members) (report, error
 					t.err = err
 				}
 			}
+			s.Set = t.diff
 			states[t] = s
 		}
 	}
@@ -197,6 +236,9 @@ func (inv *invocation) statusOfSet(rep *statusReport, m *members) (report, error
 		s := states[o.member]
 		if o.result != nil && o.result.Lineage != nil {
 			s.setLineage(o.result.Lineage)
+		}
+		if o.result != nil && o.err == nil {
+			s.compared = true
 		}
 		switch {
 		case o.err != nil:
@@ -239,20 +281,27 @@ func (m *members) syncCommand(t *member) string {
 	if t.esp != nil {
 		t = t.esp
 	}
-	return fmt.Sprintf("espmirror sync --primary %s --target %s", m.primary.name, t.name)
+	return fmt.Sprintf("espmirror sync --primary %s --target %s", quoted(m.primary.name), quoted(t.name))
 }
 
 // setState adds what a volume remembers of the replica set.
 func (s *statusVolume) setState(st *replicate.State) {
-	s.Generation, s.LastRun = st.Generation, st.UpdatedAt().UTC().Format(time.RFC3339)
+	s.Generation = st.Generation
+	s.setLastRun(st.UpdatedAt())
 }
 
 // setLineage adds how a target stands to the primary.
 func (s *statusVolume) setLineage(l *replicate.Lineage) {
-	if s.Generation = l.Generation; !l.Last.IsZero() {
-		s.LastRun = l.Last.UTC().Format(time.RFC3339)
+	s.Generation, s.Lineage = l.Generation, string(l.Verdict)
+	s.setLastRun(l.Last)
+}
+
+// setLastRun adds when the last run ended, by a clock that may have been wrong then.
+func (s *statusVolume) setLastRun(t time.Time) {
+	if t.IsZero() || t.Year() > 9999 {
+		return
 	}
-	s.Lineage = string(l.Verdict)
+	s.LastRun, s.lastRun = t.UTC().Format(time.RFC3339), t
 }
 
 // statusState is the state of a target that could not be compared. Damage is a state of its own here.
@@ -290,6 +339,11 @@ type statusVolume struct {
 	Changes    int        `json:"changes,omitempty"`
 	Next       string     `json:"next,omitempty"` // the command to run
 	Error      *jsonError `json:"error,omitempty"`
+	// Set is how the target's set file differs from the primary's; nil when it does not, or when there is none.
+	Set *setDifference `json:"set_differs,omitempty"`
+
+	compared bool // Changes is known
+	lastRun  time.Time
 }
 
 func (s *statusVolume) fail(err error) {
@@ -304,7 +358,7 @@ func (r *statusReport) print(o *output) {
 		headings = slices.DeleteFunc(headings, func(h string) bool { return h == "GEN" })
 	}
 	t := newTable(headings...)
-	t.spare = []string{"PARTITION GUID"}
+	t.spare = []string{"PARTITION GUID", "LABEL", "FAT", "SERIAL"}
 	var next []string
 	for _, v := range r.Volumes {
 		free, state := "", v.State
@@ -318,7 +372,14 @@ func (r *statusReport) print(o *output) {
 			state += ", mounted on " + v.Directory
 		}
 		word, _, _ := strings.Cut(state, ",")
-		row := []cell{{text: v.Role}, {text: v.Name}, {text: v.PartGUID}, {text: v.Serial}, {text: v.Label},
+		role, name := v.Role, cell{text: v.Name}
+		if v.PartType == "XBOOTLDR" && role != "" {
+			role = "XBOOTLDR" // it goes with the ESP of its disk
+		}
+		if guid, ok := strings.CutPrefix(v.Name, "PARTUUID="); ok && len(guid) > 8 {
+			name.short = "PARTUUID=" + guid[:8] + "…" // the error below has all of it
+		}
+		row := []cell{{text: role}, name, {text: v.PartGUID}, {text: v.Serial}, {text: v.Label},
 			{text: v.FATType}, {text: free, right: true}}
 		if inSet {
 			gen := ""

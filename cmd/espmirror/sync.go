@@ -17,9 +17,10 @@ func (inv *invocation) syncCommand() *cli.Command {
 	return &cli.Command{
 		Name:  "sync",
 		Usage: "make the selected files of each target those of the primary",
-		UsageText: "espmirror sync [OPTIONS] --primary VOLUME --target VOLUME [--target VOLUME]...\n" +
-			"espmirror sync --dry-run --primary VOLUME --target VOLUME",
-		Description: "An interrupted earlier run is finished first. A power cut at any moment leaves on each target the old\n" +
+		UsageText: "espmirror sync [OPTIONS]\n" +
+			"espmirror sync [OPTIONS] --primary VOLUME --target VOLUME [--target VOLUME]...",
+		Description: "With no volume named, from the ESP that was booted to the other members of its replica set.\n" +
+			"An interrupted earlier run is finished first. A power cut at any moment leaves on each target the old\n" +
 			"files or the new ones. With --dry-run the whole plan is printed, and nothing is written.",
 		Flags: append(append(setFlags(), selectFlags()...),
 			&cli.BoolFlag{Name: "dry-run", Aliases: []string{"n"}, Usage: "print what would be done, and write nothing", DisableDefaultText: true},
@@ -66,6 +67,9 @@ func (inv *invocation) sync() (report, error) {
 		return nil, usagef("--random-seed=%s is not yes or no", v)
 	}
 	o.Force = inv.flag("force")
+	if _, _, err := inv.timeout(); err != nil {
+		return nil, err
+	}
 	m, err := inv.newMembers("sync")
 	if err != nil {
 		return nil, err
@@ -103,7 +107,9 @@ func (inv *invocation) replicate(m *members, o replicate.Options, run engineRun,
 	for _, x := range m.volumes() {
 		x.inspect()
 	}
-	m.together()
+	if m.verb == "sync" {
+		m.together()
+	}
 	mode := blockdev.ReadOnly
 	if write {
 		mode = blockdev.ReadWrite
@@ -158,6 +164,7 @@ type lineageReport struct {
 
 // summaryReport is what is known of a run or a comparison.
 type summaryReport struct {
+	Early   []changeReport `json:"early,omitempty"` // what goes first, in a transaction of its own
 	Changes []changeReport `json:"changes"`
 	*planReport
 }
@@ -220,6 +227,9 @@ func newSummaryReport(verb string, res *replicate.Result) *summaryReport {
 	for _, c := range s.Changes {
 		r.Changes = append(r.Changes, changeReport{c.Op, c.Path, c.From, c.Dir, c.Size})
 	}
+	for _, c := range s.Early {
+		r.Early = append(r.Early, changeReport{c.Op, c.Path, c.From, c.Dir, c.Size})
+	}
 	if !planned {
 		return r
 	}
@@ -270,6 +280,9 @@ func (r *runReport) print(o *output) {
 		t.print(o)
 		return
 	}
+	if len(r.Targets) == 0 {
+		return // the log has said that the set has no other member
+	}
 	t := newTable("TARGET", "OUTCOME", "CHANGES", "WRITTEN", "FREE", "RECOVERY")
 	for _, x := range r.Targets {
 		var changes, written, free, recovery string
@@ -300,6 +313,13 @@ func (t *targetReport) printPlan(o *output, verify bool) {
 	o.printf("\n")
 	if r := t.Recovered; r != nil {
 		o.printf("  recovery %s\n", r.Action)
+	}
+	if len(s.Early) > 0 {
+		o.printf("  there is no room for old and new side by side; a first transaction makes some:\n")
+		for _, c := range s.Early {
+			c.print(o)
+		}
+		o.printf("  then:\n")
 	}
 	for _, c := range s.Changes {
 		c.print(o)

@@ -78,6 +78,17 @@ func parseSize(s string) (int64, error) {
 	return int64(n) << shift, nil
 }
 
+// quoted is a name as a shell takes it.
+func quoted(name string) string {
+	plain := func(r rune) bool {
+		return r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || strings.ContainsRune("_@%+=:,./-", r)
+	}
+	if name != "" && !strings.ContainsFunc(name, func(r rune) bool { return !plain(r) }) {
+		return name
+	}
+	return "'" + strings.ReplaceAll(name, "'", `'\''`) + "'"
+}
+
 // plural counts things.
 func plural(n int64, one, many string) string {
 	if n == 1 {
@@ -116,6 +127,7 @@ func (o *output) paint(t tint, s string) string {
 // cell is one field of a table.
 type cell struct {
 	text  string
+	short string // in place of text where the terminal is too narrow
 	tint  tint
 	right bool // numbers stand at the right
 }
@@ -148,6 +160,9 @@ func (t *table) print(o *output) {
 			width[i] = max(width[i], utf8.RuneCountInString(r[i].text))
 		}
 	}
+	if o.width > 0 && tableWidth(width) > o.width {
+		t.shorten(o, width)
+	}
 	for _, name := range t.spare {
 		i := slices.Index(t.head, name)
 		if o.width == 0 || tableWidth(width) <= o.width || i < 0 {
@@ -167,6 +182,22 @@ func (t *table) print(o *output) {
 	}
 	for _, r := range t.rows {
 		t.line(o, width, r)
+	}
+}
+
+// shorten puts the short texts into their places.
+func (t *table) shorten(o *output, width []int) {
+	for i := range width {
+		width[i] = 0
+		if o.legend {
+			width[i] = len(t.head[i])
+		}
+		for _, r := range t.rows {
+			if r[i].short != "" {
+				r[i].text = safe(r[i].short)
+			}
+			width[i] = max(width[i], utf8.RuneCountInString(r[i].text))
+		}
 	}
 }
 

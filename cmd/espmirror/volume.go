@@ -133,7 +133,7 @@ func recoverHint(err error, name string) error {
 	if !errors.Is(err, replicate.ErrNeedsRecovery) || hintOf(err) != "" {
 		return err
 	}
-	return withHint(err, "run `espmirror recover %s`", name)
+	return withHint(err, "run `espmirror recover %s`", quoted(name))
 }
 
 // existing are the names that are files or devices: where a tag such as PARTUUID=… is looked for first.

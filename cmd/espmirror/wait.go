@@ -12,7 +12,11 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"espmirror/gpt"
+	"espmirror/replicate"
 )
+
+// waitVerb completes "cannot …".
+const waitVerb = "wait for"
 
 // defaultWait is how long `wait` waits. Disks behind a slow controller need some seconds; a boot must not stand still
 // much longer for one that is gone.
@@ -23,24 +27,34 @@ func (inv *invocation) waitCommand() *cli.Command {
 		Name:      "wait",
 		Aliases:   []string{"wait-secondary-esps"},
 		Usage:     "wait until partitions are there, for a bounded time",
-		UsageText: "espmirror wait [OPTIONS] GUID...",
-		Description: "A GUID is that of a partition, bare or as PARTUUID=. When all are there, it returns at once. When the time is\n" +
-			"up, it tells which are missing, and the exit status is 3. Nothing is written.",
+		UsageText: "espmirror wait [OPTIONS] [GUID...]",
+		Description: "A GUID is that of a partition, bare or as PARTUUID=. With none, the members of the primary's replica set are\n" +
+			"waited for, and before them the primary itself, if it is what was booted. When all are there, it returns at\n" +
+			"once. When the time is up, it tells which are missing, and the exit status is 3. Nothing is written.",
 		Flags: []cli.Flag{
-			&cli.StringFlag{Name: "timeout", Value: defaultWait, Usage: "wait no longer than `TIME`: 5s, 2min, 500ms; 0 looks once"},
+			&cli.GenericFlag{Name: "primary", Value: &once{}, Usage: "wait for the members of the replica set of this `VOLUME` or directory (default: $SYSTEMD_ESP_PATH, else the ESP that was booted)"},
+			&cli.GenericFlag{Name: "timeout", Value: &once{}, Usage: "wait no longer than `TIME`: 5s, 2min, 500ms; 0 looks once (default: what the set says, else " + defaultWait + ")"},
 		},
 		Action: inv.action(0, -1, "", inv.wait),
 	}
 }
 
 func (inv *invocation) wait() (report, error) {
-	timeout, err := parseTime(inv.text("timeout"))
+	timeout, given, err := inv.timeout()
 	if err != nil {
-		return nil, usagef("--timeout: %v", err)
+		return nil, err
+	}
+	if !given {
+		if timeout, err = parseTime(defaultWait); err != nil {
+			return nil, fmt.Errorf("internal error: %w", err)
+		}
 	}
 	names := inv.c.Args().Slice()
 	if len(names) == 0 {
-		return nil, &usageError{"no member was given", "name the members: espmirror wait PARTUUID=…"}
+		return inv.waitForSet(timeout, given)
+	}
+	if inv.text("primary") != "" {
+		return nil, usagef("--primary and the GUIDs of members exclude each other")
 	}
 	for _, name := range names {
 		if _, err := gpt.ParsePartUUID(name); err != nil {
@@ -48,6 +62,40 @@ func (inv *invocation) wait() (report, error) {
 		}
 	}
 	return inv.waitFor(names, timeout)
+}
+
+// waitForSet waits for the members of the primary's replica set. The primary has its share of the time when it is not
+// there itself.
+func (inv *invocation) waitForSet(timeout time.Duration, given bool) (report, error) {
+	start := time.Now()
+	name, booted, err := inv.primaryName()
+	if err != nil {
+		return nil, &usageError{"no member was given, and no primary: " + err.Error(), "name the members, as in `espmirror wait PARTUUID=…`, or the primary with --primary"}
+	}
+	guid, isGUID := strings.CutPrefix(name, "PARTUUID=")
+	if isGUID {
+		if rep, err := inv.waitFor([]string{guid}, timeout); err != nil {
+			return rep, err
+		}
+	}
+	m := &members{inv: inv, verb: waitVerb, primary: &member{name: name}, booted: booted, dry: true}
+	defer m.close()
+	if err := m.findPrimary(nil); err != nil {
+		return nil, fmt.Errorf("cannot use primary %s: %w", m.primary.name, err)
+	}
+	if _, err := m.source(); err != nil {
+		return nil, err
+	}
+	if m.set == nil || len(m.set.Members()) == 0 {
+		return nil, &usageError{"no member was given, and " + m.primary.name + " has no " + replicate.SetPath + " that names one",
+			"name the members, as in `espmirror wait PARTUUID=…`, or make a replica set with `espmirror add`"}
+	}
+	if limit, ok := m.set.Timeout(); ok && !given {
+		timeout = limit
+	}
+	members := m.set.Members()
+	m.close()
+	return inv.waitFor(members, max(timeout-time.Since(start), 0))
 }
 
 // waitFor waits for the partitions with the given PARTUUIDs. The report is there with every error.
