@@ -170,7 +170,7 @@ func crossed(runs []*run) {
 		for _, s := range r.sides {
 			if errors.Is(s.res.Err, ErrStaleSource) && newer[s.t.Pair] {
 				s.res.Lineage.Verdict = Diverged
-				err := Diverged.refuse("it is newer on the target, and what goes with it is not", r.sourceAs(), r.opt.SourceMount, s.t.as())
+				err := Diverged.refuse("it is newer on the target, and what goes with it is not", r.src.Name(), s.t.Name)
 				s.res.Err = fmt.Errorf("cannot sync %s: %w", s.t.Name, err)
 			}
 		}

@@ -706,7 +706,6 @@ func (m *members) options(o replicate.Options) replicate.Options {
 	if boot, err := gpt.Booted(m.inv.system); err == nil {
 		o.BootedEntry, o.DefaultEntry = boot.Entry, boot.Default
 	}
-	o.SourceAs, o.SourceMount = m.asTarget()
 	o.SourceTree = m.scanned
 	if o.Member = m.isMember(); o.Member {
 		o.Save = m.save
@@ -725,23 +724,6 @@ func (m *members) options(o replicate.Options) replicate.Options {
 		o.KeepFree = n
 	}
 	return o
-}
-
-// asTarget says what a command line would call the primary as a target, and where its volumes are mounted.
-func (m *members) asTarget() (name, mount string) {
-	if m.esp != nil {
-		m = m.esp
-	}
-	var dirs []string
-	for _, x := range []*members{m, m.boot} {
-		if x != nil && x.primary.loc != nil && x.primary.dir != "" {
-			dirs = append(dirs, x.primary.dir)
-		}
-	}
-	if m.primary.loc != nil {
-		name = m.primary.loc.String()
-	}
-	return name, strings.Join(dirs, " and ")
 }
 
 // refuseContent turns "this is no FAT volume that can be written" into a guard's answer.
@@ -984,7 +966,7 @@ func (m *members) opened() []*replicate.Target {
 			rt.Pair = t.loc.String()
 		}
 		if t.esp != nil {
-			rt.Pair, rt.Member, rt.Set, rt.As = t.esp.loc.String(), t.esp.guid(), t.esp.set, t.esp.name
+			rt.Pair, rt.Member, rt.Set = t.esp.loc.String(), t.esp.guid(), t.esp.set
 		}
 		ts = append(ts, rt)
 		t.place = len(ts)
