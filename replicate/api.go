@@ -60,8 +60,6 @@ type Target struct {
 
 	// Pair is the same for volumes that go together: the XBOOTLDR partition and the ESP of a disk. "": it goes alone.
 	Pair string
-	// As is what a command line calls the volume, where that is not Name: an XBOOTLDR partition is named by its ESP.
-	As string
 	// Member is the partition GUID by which the replica set knows the volume, where that is not its own: of an XBOOTLDR
 	// partition the ESP's. Set is the set file that the volume itself goes by, where it does not hold it.
 	Member string
@@ -74,14 +72,6 @@ func (t *Target) guid() string {
 		return t.Member
 	}
 	return t.PartGUID
-}
-
-// as is how a hint names the target.
-func (t *Target) as() string {
-	if t.As != "" {
-		return t.As
-	}
-	return t.Name
 }
 
 // Selection says what is replicated. Paths are relative to the root of the volume, separated by slashes, matched
@@ -101,11 +91,8 @@ type Options struct {
 	// Member says that the source is a member of a replica set. Then each run counts a generation, on the targets and,
 	// through Save, on the source; and what is newer on a target is not overwritten.
 	Member     bool
-	SourceGUID string // the source's partition GUID, lower case; "" when it has none
-	// SourceAs is what a command line calls the source where it is to be a target, and SourceMount where it is mounted;
-	// "": the source's name, and nowhere.
-	SourceAs, SourceMount string
-	Save                  func(ctx context.Context, state []byte) error // writes StatePath on the source
+	SourceGUID string                                        // the source's partition GUID, lower case; "" when it has none
+	Save       func(ctx context.Context, state []byte) error // writes StatePath on the source
 	// Set is the replica set file to go by; nil: the one that the source holds, if it does.
 	Set *Set
 	// SourceTree is the volume of a source that is read through its mount point, scanned after a sync(2) of it and before

@@ -271,7 +271,7 @@ func (r *run) judge() error {
 				continue
 			}
 		}
-		err := in.Verdict.refuse(why, r.sourceAs(), r.opt.SourceMount, s.t.as())
+		err := in.Verdict.refuse(why, r.src.Name(), s.t.Name)
 		if err != nil && r.opt.Force {
 			r.log.Warn("forced", "target", s.t.Name, "overruled", err.Error())
 			in.Forced = true
@@ -362,14 +362,6 @@ func (r *run) notes(s *side, src lineageSide, now *State) bool {
 	return v == FastForward
 }
 
-// sourceAs is how a hint names the source.
-func (r *run) sourceAs() string {
-	if r.opt.SourceAs != "" {
-		return r.opt.SourceAs
-	}
-	return r.src.Name()
-}
-
 func (r *run) now() time.Time {
 	if r.opt.Now.IsZero() {
 		return time.Now()
@@ -385,7 +377,7 @@ func (r *run) judgeStranger(s *side) error {
 	err := s.stateErr
 	if err == nil {
 		v, why := compareLines(lineageSide{}, lineageSide{state: s.state})
-		err = v.refuse(why, r.sourceAs(), r.opt.SourceMount, s.t.as())
+		err = v.refuse(why, r.src.Name(), s.t.Name)
 		s.res.Lineage = &Lineage{Verdict: v, Generation: s.state.Generation, Last: s.state.UpdatedAt(), Forced: r.opt.Force}
 	} else {
 		err = &Hint{refusal{err}, "--force overwrites what is there"}

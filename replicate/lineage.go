@@ -82,18 +82,13 @@ func compareLines(src, dst lineageSide) (Verdict, string) {
 	return Diverged, fmt.Sprintf("the source's generation %d and the target's generation %d do not follow from each other", s.Generation, t.Generation)
 }
 
-// refuse is the error of a verdict that stops the run for a target; nil when it may go on. source and target are what a
-// command line calls them, mount is where the source is mounted.
-func (v Verdict) refuse(why, source, mount, target string) error {
-	first := ""
-	if mount != "" {
-		first = "unmount " + mount + " and " // a target must not be mounted
-	}
+// refuse is the error of a verdict that stops the run for a target; nil when it may go on.
+func (v Verdict) refuse(why, source, target string) error {
 	switch v {
 	case StaleSource:
 		return &Hint{
 			refusal{fmt.Errorf("%w: %s", ErrStaleSource, why)},
-			fmt.Sprintf("%sreplicate the other way: `espmirror sync --primary %s --target %s`, or boot from %s; --force overwrites it all the same", first, target, source, target),
+			fmt.Sprintf("replicate the other way: `espmirror sync --primary %s --target %s`, or boot from %s; --force overwrites it all the same", target, source, target),
 		}
 	case Diverged:
 		return &Hint{

@@ -353,7 +353,7 @@ func TestCompareLines(t *testing.T) {
 			if have != want {
 				t.Errorf("%s, source changed %v, target changed %v: %s, want %s", c.name, src.changed, dst.changed, have, want)
 			}
-			err := have.refuse(why, "a", "", "b")
+			err := have.refuse(why, "a", "b")
 			if goes := have == FastForward || have == FirstSync; goes != (err == nil) || (why == "") != goes {
 				t.Errorf("%s: %q, %v", have, why, err)
 			}

@@ -135,6 +135,7 @@ func SyncAll(ctx context.Context, jobs []Job) ([][]Result, error) {
 		}
 		each(r.sides, r.plan)
 	}
+	crossed(runs)
 	together(runs)
 	for _, r := range runs {
 		if r.opt.DryRun {
@@ -152,6 +153,28 @@ func SyncAll(ctx context.Context, jobs []Job) ([][]Result, error) {
 		together(runs)
 	}
 	return results, nil
+}
+
+// crossed finds the pairs of which one volume is newer on the target and the other on the source. To go the other way
+// round would be refused as well: they have diverged.
+func crossed(runs []*run) {
+	newer := map[string]bool{} // on the source
+	for _, r := range runs {
+		for _, s := range r.sides {
+			if l := s.res.Lineage; s.t.Pair != "" && l != nil && (l.Verdict == FastForward || l.Verdict == Diverged) {
+				newer[s.t.Pair] = true
+			}
+		}
+	}
+	for _, r := range runs {
+		for _, s := range r.sides {
+			if errors.Is(s.res.Err, ErrStaleSource) && newer[s.t.Pair] {
+				s.res.Lineage.Verdict = Diverged
+				err := Diverged.refuse("it is newer on the target, and what goes with it is not", r.src.Name(), s.t.Name)
+				s.res.Err = fmt.Errorf("cannot sync %s: %w", s.t.Name, err)
+			}
+		}
+	}
 }
 
 // together fails the targets of which a partner has failed, where they are not done yet.

@@ -168,6 +168,7 @@ func (inv *invocation) newMembersOf(verb string, names []string, bySet bool) (*m
 	m.dry = inv.flag("dry-run") || verb == "compare" || verb == "verify"
 	err = m.find(existing(names))
 	if err == nil {
+		m.checkKinds()
 		err = m.findPairs()
 	}
 	if err != nil {
@@ -368,6 +369,21 @@ func (m *members) isMember() bool {
 	return m.set != nil && m.primary.guid() != "" && m.set.Has(m.primary.guid())
 }
 
+// checkKinds refuses an XBOOTLDR partition that is named as the target of an ESP: the one on the disk of a target goes with
+// it by itself.
+func (m *members) checkKinds() {
+	p := m.primary
+	if p.loc == nil || p.loc.Part == nil || p.loc.Part.Type != gpt.TypeESP || !slices.Contains([]string{"sync", "compare", "verify", "add"}, m.verb) {
+		return
+	}
+	for _, t := range m.targets {
+		if t.err == nil && t.loc.Part != nil && t.loc.Part.Type == gpt.TypeXBOOTLDR {
+			t.err = withHint(refusef("cannot %s %s: it is an XBOOTLDR partition, and primary %s an ESP", m.verb, t.name, p.name),
+				"name the ESP on its disk: the XBOOTLDR partition goes with it")
+		}
+	}
+}
+
 // findPairs finds the XBOOTLDR partitions: a boot loader takes the one on its own disk, so that of the primary's disk goes
 // to those on the targets' disks.
 func (m *members) findPairs() error {
@@ -391,7 +407,7 @@ func (m *members) findPairs() error {
 	}
 	b := &members{inv: m.inv, verb: m.verb, dry: m.dry, esp: m, primary: &member{name: loc.String(), loc: loc, esp: p}}
 	for _, t := range m.targets {
-		if t.loc == nil {
+		if t.loc == nil || t.err != nil {
 			continue // its ESP says why
 		}
 		x := &member{name: t.loc.Disk + " (XBOOTLDR)", esp: t}
@@ -454,8 +470,14 @@ func (m *members) run(mode blockdev.Mode, o replicate.Options, run engineRun) ([
 	var jobs []replicate.Job
 	var at []int
 	results := make([][]replicate.Result, len(m.volumes()))
+	for _, x := range m.volumes() {
+		x.openTargets(mode)
+	}
+	if m.verb == "sync" {
+		m.together() // one that could not be opened
+	}
 	for i, x := range m.volumes() {
-		if targets := x.openTargets(mode); len(targets) > 0 {
+		if targets := x.opened(); len(targets) > 0 {
 			jobs = append(jobs, replicate.Job{Source: x.src, Targets: targets, Options: x.options(o)})
 			at = append(at, i)
 		}
@@ -684,7 +706,6 @@ func (m *members) options(o replicate.Options) replicate.Options {
 	if boot, err := gpt.Booted(m.inv.system); err == nil {
 		o.BootedEntry, o.DefaultEntry = boot.Entry, boot.Default
 	}
-	o.SourceAs, o.SourceMount = m.asTarget()
 	o.SourceTree = m.scanned
 	if o.Member = m.isMember(); o.Member {
 		o.Save = m.save
@@ -703,23 +724,6 @@ func (m *members) options(o replicate.Options) replicate.Options {
 		o.KeepFree = n
 	}
 	return o
-}
-
-// asTarget says what a command line would call the primary as a target, and where its volumes are mounted.
-func (m *members) asTarget() (name, mount string) {
-	if m.esp != nil {
-		m = m.esp
-	}
-	var dirs []string
-	for _, x := range []*members{m, m.boot} {
-		if x != nil && x.primary.loc != nil && x.primary.dir != "" {
-			dirs = append(dirs, x.primary.dir)
-		}
-	}
-	if m.primary.loc != nil {
-		name = m.primary.loc.String()
-	}
-	return name, strings.Join(dirs, " and ")
 }
 
 // refuseContent turns "this is no FAT volume that can be written" into a guard's answer.
@@ -928,9 +932,8 @@ func (m *members) lockDisks(ids ...blockdev.ID) error {
 	return nil
 }
 
-// openTargets opens what has passed the guards, and returns it for package replicate.
-func (m *members) openTargets(mode blockdev.Mode) []*replicate.Target {
-	var ts []*replicate.Target
+// openTargets opens what has passed the guards.
+func (m *members) openTargets(mode blockdev.Mode) {
 	for _, t := range m.targets {
 		if t.err != nil {
 			continue
@@ -948,12 +951,22 @@ func (m *members) openTargets(mode blockdev.Mode) []*replicate.Target {
 		} else {
 			t.open, t.vol = t.vol.open, nil
 		}
+	}
+}
+
+// opened are the targets for package replicate.
+func (m *members) opened() []*replicate.Target {
+	var ts []*replicate.Target
+	for _, t := range m.targets {
+		if t.err != nil {
+			continue
+		}
 		rt := newTarget(t.name, t.loc, t.open)
 		if m.boot != nil {
 			rt.Pair = t.loc.String()
 		}
 		if t.esp != nil {
-			rt.Pair, rt.Member, rt.Set, rt.As = t.esp.loc.String(), t.esp.guid(), t.esp.set, t.esp.name
+			rt.Pair, rt.Member, rt.Set = t.esp.loc.String(), t.esp.guid(), t.esp.set
 		}
 		ts = append(ts, rt)
 		t.place = len(ts)

@@ -177,7 +177,8 @@ func (inv *invocation) randomSeed() (report, error) {
 		seed, _ := replicate.RandomSeedDir(inv.ctx, p.dir, o) // the error is in the result
 		renewed(p, seed)
 	}
-	targets := m.openTargets(mode)
+	m.openTargets(mode)
+	targets := m.opened()
 	for _, t := range m.targets {
 		if t.place > 0 {
 			seed, _ := replicate.RandomSeed(inv.ctx, targets[t.place-1], o)

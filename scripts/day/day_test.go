@@ -17,8 +17,12 @@ func TestDay(t *testing.T) {
 	}
 	fixtures.Need(t, "mcopy", "mren", "fsck.fat")
 	bin := build(t)
-	t.Run("images", func(t *testing.T) { day(newMachine(t, bin, false)) })
+	t.Run("images", func(t *testing.T) {
+		t.Parallel()
+		day(newMachine(t, bin, false))
+	})
 	t.Run("loop devices", func(t *testing.T) {
+		t.Parallel()
 		if os.Geteuid() != 0 {
 			t.Skip("skipped: day on loop devices: they need root")
 		}
@@ -60,7 +64,7 @@ func day(m *machine) {
 	b.root, c.root = a.root, a.root
 	m.run("add "+dev(b)+" "+dev(c)).want(0).has("added "+a.guid, "added "+b.guid, "added "+c.guid, "synced")
 	m.check(a, b, c)
-	m.run("add "+dev(b)).want(0).has("as it should be", "in sync")
+	m.run("add "+dev(b)).want(0).has("has them already", "in sync")
 	b.root, c.root = real, "UUID=cccccccc-0003"
 
 	m.story("Each disk has its own root filesystem: lines in the set file")
@@ -109,6 +113,8 @@ func day(m *machine) {
 		m.run("sync").want(0).has("its mount point is the source", "synced")
 		m.check(b, c)
 		m.run("verify").want(0)
+		m.run("sync --primary " + a.mnt).want(0).has("in sync")
+		m.sh("SYSTEMD_ESP_PATH=" + a.mnt + " espmirror status").want(0)
 		m.umount(a)
 		m.run("status").want(0)
 		m.check(a, b, c)
@@ -146,7 +152,7 @@ func day(m *machine) {
 		m.story("The same while the stale one is mounted")
 		m.mount(c)
 		m.run("status").want(6)
-		mounted := m.run("sync").want(6).has("unmount " + c.mnt)
+		mounted := m.run("sync").want(6).has("once the primary is not mounted")
 		for _, cmd := range mounted.hints() {
 			m.sh(cmd + " -n").want(6).has("mounted on " + c.mnt)
 		}
@@ -183,7 +189,9 @@ func day(m *machine) {
 		m.t.Errorf("status says %q and %q", s.state(b), s.state(c))
 	}
 	for _, cmd := range r.hints() {
-		m.sh(cmd).want(0)
+		if strings.Contains(cmd, "--primary "+m.name(a)+" ") { // the winner
+			m.sh(cmd).want(0)
+		}
 	}
 	m.run("sync").want(0).has("in sync")
 	m.run("verify").want(0)
@@ -200,7 +208,13 @@ func day(m *machine) {
 	for p := range a.count {
 		d.count[p] = initial(a.count[p])
 	}
+	if m.loops {
+		m.mount(a)
+	}
 	r = m.run("add "+dev(d)).want(3).has("added "+d.guid, "has no text for root")
+	if m.loops {
+		m.umount(a)
+	}
 	delete(m.files, "loader/esp-sync")
 	m.check(a, b)
 	m.story("Its root= has to be told first, as the message says")
@@ -247,6 +261,19 @@ func day(m *machine) {
 	m.run("sync").want(0)
 	m.run("verify").want(0)
 	m.check(a, b, d)
+	m.boot(a)
+
+	m.story("No kernel is left but a rescue image: what entries named goes from all members")
+	m.put(a, "EFI/Linux/rescue.efi", content(fixtures.PE(50_000, 77)))
+	for _, v := range []string{"6.3.0", "6.4.0", "6.5.0", "6.6.0"} {
+		if m.files[entry(v)] != "" {
+			m.removeKernel(a, v)
+		}
+	}
+	m.mtools(a, "mrd", "::"+fixtures.MachineID)
+	m.run("sync").want(0)
+	m.check(a, b, d)
+	m.run("verify").want(0)
 
 	m.story("The disk that was taken for dead comes back, and is started from")
 	m.plug(c)

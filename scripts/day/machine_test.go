@@ -288,6 +288,14 @@ func (m *machine) dev(d *member) string {
 	return filepath.Join(m.root, "dev", d.disk)
 }
 
+// name is how messages call it.
+func (m *machine) name(d *member) string {
+	if m.loops {
+		return m.dev(d)
+	}
+	return m.dev(d) + "@@p1"
+}
+
 // unplug takes a disk away.
 func (m *machine) unplug(d *member) {
 	m.t.Helper()
