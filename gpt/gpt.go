@@ -110,3 +110,12 @@ func (t *Table) OfType(typ uuid.UUID) []*Partition {
 	}
 	return found
 }
+
+// NewGUID returns a random GUID in lower case (RFC 9562, "UUID Version 4").
+func NewGUID() string { return uuid.NewString() }
+
+// IsGUID says whether s is a GUID as text, in the usual form and in lower case.
+func IsGUID(s string) bool {
+	g, err := uuid.Parse(s)
+	return err == nil && g.String() == s
+}

@@ -11,9 +11,8 @@ import (
 	"slices"
 	"time"
 
-	"github.com/google/uuid"
-
 	"espmirror/fatdriver"
+	"espmirror/gpt"
 )
 
 // StatePath is where a member of a replica set keeps its State.
@@ -138,7 +137,7 @@ func ParseState(text []byte) (*State, error) {
 	if s.Version > stateVersion {
 		return nil, fmt.Errorf("%w: it has version %d, known are versions up to %d", errNewerState, s.Version, stateVersion)
 	}
-	if _, err := uuid.Parse(s.Lineage); err != nil {
+	if !gpt.IsGUID(s.Lineage) {
 		return nil, fmt.Errorf("%w: %q is not a lineage", ErrState, s.Lineage)
 	}
 	if s.Generation == 0 || len(s.Anchors) == 0 {
@@ -185,7 +184,7 @@ func (s *State) same(t *State) bool {
 func (s *State) next(d Digest, sel *selection) *State {
 	n := &State{Version: stateVersion, Generation: 1, Digest: d}
 	if s == nil {
-		n.Lineage = uuid.NewString()
+		n.Lineage = gpt.NewGUID()
 	} else {
 		n.Lineage, n.Generation = s.Lineage, s.Generation+1
 		n.Past = append([]Past{s.past()}, s.Past...)

@@ -108,13 +108,13 @@ func HandmadeScenarios() []*Handmade {
 	crowded := with(boot, func(t Tree) {
 		for i := 1; i <= 3; i++ {
 			v := fmt.Sprintf("tok/%d/linux", i)
-			t[v], t[fmt.Sprintf("loader/entries/%d.conf", i)] = blob(v, 280_000), entry(v)
+			t[v], t[fmt.Sprintf("loader/entries/%d.conf", i)] = blob(v, 12_000), entry(v)
 		}
 	})
 	renewed := with(crowded, func(t Tree) {
 		delete(t, "tok/1/linux")
 		delete(t, "loader/entries/1.conf")
-		t["tok/4/linux"], t["loader/entries/4.conf"] = blob("tok/4/linux", 280_000), entry("tok/4/linux")
+		t["tok/4/linux"], t["loader/entries/4.conf"] = blob("tok/4/linux", 12_000), entry("tok/4/linux")
 	})
 	// The entries are in the root and the kernels are not, so that it takes three commits.
 	updated := with(kernels, func(t Tree) {
@@ -171,8 +171,8 @@ func HandmadeScenarios() []*Handmade {
 		h.Name += ", a member"
 	}
 	tok := []string{"loader", "EFI/BOOT", "EFI/Linux", "tok"}
-	add("makes room", fat12, crowded, renewed, microsoft, Wear{}, nil, tok...)
-	add("makes room", fat12, crowded, renewed, microsoft, Wear{}, nil, tok...)
+	add("makes room", fat12, crowded, renewed, microsoft, Wear{Leave: 23}, nil, tok...)
+	add("makes room", fat12, crowded, renewed, microsoft, Wear{Leave: 23}, nil, tok...)
 	member(true)
 	add("replace", fat16, boot, replaced, microsoft, Wear{}, nil)
 	member(true)
