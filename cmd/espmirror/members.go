@@ -399,7 +399,7 @@ func (m *members) findPairs() error {
 			x.err = fmt.Errorf("cannot %s the XBOOTLDR partition beside %s: %w", m.verb, t.name, err)
 		} else if x.loc == nil {
 			x.err = withHint(missing{fmt.Errorf("cannot %s an XBOOTLDR partition beside %s: there is none on its disk, and %s has one", m.verb, t.name, p.name)},
-				"make one there; boot entries of the primary's are missing when that disk is booted")
+				"make one there: when that disk is booted, the entries that are on the primary's are missing")
 		} else {
 			x.name = x.loc.String()
 		}
@@ -646,6 +646,81 @@ func (m *members) withPrimary(f func(*replicate.Target) error) error {
 		err = cerr
 	}
 	return err
+}
+
+// readOnly says why the primary cannot be written to, as far as that shows without opening it; nil when it can.
+func (m *members) readOnly() error {
+	p := m.primary
+	path := p.dir
+	if path == "" {
+		if id := p.loc.ID(); id.Block {
+			b, err := m.inv.system.BlockByNum(id.Dev)
+			if err == nil && b.ReadOnly {
+				return blockdev.ErrReadOnly
+			}
+			return nil
+		}
+		path = p.loc.Path
+	}
+	err := unix.Access(path, unix.W_OK)
+	switch {
+	case errors.Is(err, unix.EROFS) && p.dir != "":
+		return withHint(blockdev.ErrReadOnly, "mount it for writing: mount -o remount,rw %s", quoted(p.dir))
+	case errors.Is(err, unix.EROFS), errors.Is(err, unix.EACCES):
+		return blockdev.ErrReadOnly
+	}
+	return nil
+}
+
+// canNote refuses a run that would have to note its generation on a primary that cannot be written to, before anything is
+// written to a target. Where all targets are in sync there is nothing to note.
+func (m *members) canNote(o replicate.Options) error {
+	for _, x := range m.volumes() {
+		if !x.isMember() {
+			continue
+		}
+		cause := x.readOnly()
+		if cause == nil {
+			continue
+		}
+		o.DryRun, o.Log = true, m.inv.engineLog(true)
+		results, err := m.run(blockdev.ReadOnly, o, m.inv.engine.sync)
+		if err != nil {
+			return err
+		}
+		for _, rs := range results {
+			for i := range rs {
+				if l := rs[i].Lineage; rs[i].Outcome == replicate.Differs || l != nil && l.Base != l.Source {
+					return refusal{fmt.Errorf("cannot note the generation on primary %s: %w", x.primary.name, cause)}
+				}
+			}
+		}
+		for _, y := range m.volumes() {
+			if err := y.reopen(); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	return nil
+}
+
+// reopen makes the targets as they were before they were given to package replicate for reading.
+func (m *members) reopen() error {
+	for _, t := range m.targets {
+		if t.place = 0; t.open == nil {
+			continue
+		}
+		err := t.open.Close()
+		t.open = nil
+		if err == nil {
+			t.vol, err = m.inv.openLocation(t.name, t.loc)
+		}
+		if err != nil {
+			return fmt.Errorf("cannot %s %s: %w", m.verb, t.name, err)
+		}
+	}
+	return nil
 }
 
 // save writes the state of the replica set on the primary, through the mount point when it is mounted.

@@ -47,7 +47,11 @@ func (inv *invocation) status() (report, error) {
 		defer m.close()
 		return inv.statusOfSet(rep, m)
 	case errors.As(err, &broken):
-		return inv.statusWithout(rep, m, err), err
+		rep := inv.statusWithout(rep, m, err)
+		if hintOf(err) == "" && m.primary.loc == nil {
+			err = withHint(err, "`espmirror list` shows what is there")
+		}
+		return rep, err
 	case !errors.As(err, &noSet):
 		return nil, err
 	}
