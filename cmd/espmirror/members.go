@@ -209,7 +209,9 @@ func (m *members) find(among []string) error {
 func (m *members) findTargets(targets []*member, among []string) {
 	for _, t := range targets {
 		loc, err := m.inv.findTarget(t.name, among)
-		if guid, ok := strings.CutPrefix(t.name, "PARTUUID="); ok && m.bySet && errors.As(err, new(missing)) {
+		guid, ok := strings.CutPrefix(t.name, "PARTUUID=")
+		// Who has not seen all disks does not know that it is gone.
+		if ok && m.bySet && errors.As(err, new(missing)) && !strings.Contains(err.Error(), "not everything could be searched") {
 			err = withHint(err, "connect its disk; if it is gone for good, take it out of the set with `espmirror remove %s`", guid)
 		}
 		if t.err = nil; err != nil {
@@ -615,11 +617,13 @@ func (m *members) recoverPrimary() error {
 		}
 		return recoverHint(replicate.ErrNeedsRecovery, p.name)
 	}
-	locks, err := m.inv.system.LockDisks(m.inv.ctx, lockWait, p.loc.ID())
-	if err != nil {
-		return err
+	if m.locks == nil {
+		locks, err := m.inv.system.LockDisks(m.inv.ctx, lockWait, p.loc.ID())
+		if err != nil {
+			return err
+		}
+		defer locks.Release()
 	}
-	defer locks.Release()
 	m.inv.log.Info("an earlier run on the primary was interrupted, and is finished first", "primary", p.name)
 	_ = p.vol.Close()
 	p.vol = nil
@@ -856,7 +860,7 @@ type setDifference struct {
 // compareSets compares the set file of a target with the primary's, and tells of members that were taken out behind its
 // back: who boots from there goes by what it says.
 func (m *members) compareSets(t *member) {
-	if m.set == nil || t.set == nil || string(m.set.Bytes()) == string(t.set.Bytes()) {
+	if m.verb == "add" || m.set == nil || t.set == nil || string(m.set.Bytes()) == string(t.set.Bytes()) {
 		return
 	}
 	others := func(s, than *replicate.Set) []string {

@@ -64,6 +64,12 @@ func (inv *invocation) changeSet(verb string) (report, error) {
 		return nil, err
 	}
 	defer m.close()
+	if !rep.DryRun {
+		// Before the file is read, or another one who changes it at the same time would be undone.
+		if err := m.lockDisks(m.primaryDisk()...); err != nil {
+			return nil, err
+		}
+	}
 	if _, err := m.source(); err != nil {
 		return nil, err
 	}
@@ -74,9 +80,6 @@ func (inv *invocation) changeSet(verb string) (report, error) {
 	rep.Primary, rep.Members = m.primary.name, set.Members()
 	rep.Written = !rep.DryRun && (m.set == nil || string(m.set.Bytes()) != string(set.Bytes()))
 	if rep.Written {
-		if err := m.lockDisks(m.primaryDisk()...); err != nil {
-			return nil, err
-		}
 		if err := m.put(inv.ctx, replicate.File{Path: replicate.SetPath, Content: set.Bytes()}); err != nil {
 			return nil, fmt.Errorf("cannot write %s on %s: %w", replicate.SetPath, m.primary.name, err)
 		}

@@ -407,6 +407,12 @@ func TestSyncBySet(t *testing.T) {
 	r.run("sync").want(0).golden("set-sync-in-sync")
 	r.run("verify").want(0)
 
+	// A copy of the disk that was booted is not taken for it.
+	clone := esp(1, emptyTree)
+	clone.Volume.Serial = 77
+	makeFixture(t, fixtures.DiskSpec{Size: 5 << 20, GUID: guidOf(90), Parts: []fixtures.PartSpec{clone}}, "clone.img")
+	r.run("sync", "--target", "clone.img").want(exitRefused).has("the same partition GUID " + guidOf(1) + " as machine/dev/sda1")
+
 	// The firmware's word.
 	r.bootCurrent(guidOf(2))
 	r.run("sync", "-v").want(0).has("BootCurrent", "machine/dev/sda1", "machine/dev/sdc1")
@@ -534,6 +540,28 @@ func TestNewerAndDiverged(t *testing.T) {
 		}
 		r.do("sync").want(0)
 	}
+}
+
+// TestTwoOnOneDisk: two targets in one image are not a pair, and one that is refused does not keep the other back.
+func TestTwoOnOneDisk(t *testing.T) {
+	b := newBench(t)
+	makeFixture(t, *esp(1, bootTree).Volume, "a.img")
+	full := esp(3, fixtures.TreeSpec{"full": {Size: 2000 << 10}})
+	full.Off = 4 << 20
+	makeFixture(t, fixtures.DiskSpec{Size: 8 << 20, GUID: guidOf(90), Parts: []fixtures.PartSpec{esp(2, emptyTree), full}}, "two.img")
+	b.writes = true
+	b.run("sync", "--primary", "a.img", "--target", "two.img@@p1", "--target", "two.img@@p2").want(exitPartial).has("two.img@@p1  synced", "not enough room")
+}
+
+// TestPrimaryHeld: the set is not changed while somebody else writes to the primary.
+func TestPrimaryHeld(t *testing.T) {
+	r := newRig(t)
+	r.set(2)
+	r.disk("sdc", esp(3, emptyTree))
+	release := r.hold("sda1")
+	r.run("add", r.node("sdc1")).want(exitFailed).has("locked by another program")
+	release()
+	r.do("add", r.node("sdc1")).want(0)
 }
 
 // opens watches a directory, and returns a function that tells which files have been opened since the last call.

@@ -376,14 +376,11 @@ func (r *statusReport) print(o *output) {
 			state += ", mounted on " + v.Directory
 		}
 		word, _, _ := strings.Cut(state, ",")
-		role, name := v.Role, cell{text: v.Name}
+		role := v.Role
 		if v.PartType == "XBOOTLDR" && role != "" {
 			role = "XBOOTLDR" // it goes with the ESP of its disk
 		}
-		if guid, ok := strings.CutPrefix(v.Name, "PARTUUID="); ok && len(guid) > 8 {
-			name.short = "PARTUUID=" + guid[:8] + "…" // the error below has all of it
-		}
-		row := []cell{{text: role}, name, {text: v.PartGUID}, {text: v.Serial}, {text: v.Label},
+		row := []cell{{text: role}, nameCell(v.Name), {text: v.PartGUID}, {text: v.Serial}, {text: v.Label},
 			{text: v.FATType}, {text: free, right: true}}
 		if inSet {
 			gen := ""

@@ -274,7 +274,7 @@ func (r *runReport) print(o *output) {
 			if x.Summary != nil {
 				n = fmt.Sprint(len(x.Summary.Changes))
 			}
-			t.row(cell{text: x.Name}, cell{text: x.Outcome, tint: outcomeTint(x.Outcome)}, cell{text: n, right: true})
+			t.row(nameCell(x.Name), cell{text: x.Outcome, tint: outcomeTint(x.Outcome)}, cell{text: n, right: true})
 		}
 		t.print(o)
 		return
@@ -291,7 +291,7 @@ func (r *runReport) print(o *output) {
 		if x.Recovered != nil && x.Recovered.Action != "nothing to do" {
 			recovery = x.Recovered.Action
 		}
-		t.row(cell{text: x.Name}, cell{text: x.Outcome, tint: outcomeTint(x.Outcome)}, cell{text: changes, right: true},
+		t.row(nameCell(x.Name), cell{text: x.Outcome, tint: outcomeTint(x.Outcome)}, cell{text: changes, right: true},
 			cell{text: written, right: true}, cell{text: free, right: true}, cell{text: recovery})
 	}
 	t.print(o)
