@@ -60,6 +60,8 @@ type Target struct {
 
 	// Pair is the same for volumes that go together: the XBOOTLDR partition and the ESP of a disk. "": it goes alone.
 	Pair string
+	// As is what a command line calls the volume, where that is not Name: an XBOOTLDR partition is named by its ESP.
+	As string
 	// Member is the partition GUID by which the replica set knows the volume, where that is not its own: of an XBOOTLDR
 	// partition the ESP's. Set is the set file that the volume itself goes by, where it does not hold it.
 	Member string
@@ -72,6 +74,14 @@ func (t *Target) guid() string {
 		return t.Member
 	}
 	return t.PartGUID
+}
+
+// as is how a hint names the target.
+func (t *Target) as() string {
+	if t.As != "" {
+		return t.As
+	}
+	return t.Name
 }
 
 // Selection says what is replicated. Paths are relative to the root of the volume, separated by slashes, matched
@@ -91,16 +101,22 @@ type Options struct {
 	// Member says that the source is a member of a replica set. Then each run counts a generation, on the targets and,
 	// through Save, on the source; and what is newer on a target is not overwritten.
 	Member     bool
-	SourceGUID string                                        // the source's partition GUID, lower case; "" when it has none
-	Save       func(ctx context.Context, state []byte) error // writes StatePath on the source
+	SourceGUID string // the source's partition GUID, lower case; "" when it has none
+	// SourceAs is what a command line calls the source where it is to be a target, and SourceMount where it is mounted;
+	// "": the source's name, and nowhere.
+	SourceAs, SourceMount string
+	Save                  func(ctx context.Context, state []byte) error // writes StatePath on the source
 	// Set is the replica set file to go by; nil: the one that the source holds, if it does.
 	Set *Set
 	// SourceTree is the volume of a source that is read through its mount point, scanned after a sync(2) of it and before
 	// the source was opened: what the fingerprint of the source is taken of. It may be nil.
 	SourceTree  *fatdriver.Tree
-	Fingerprint bool      // do not read where the fingerprints of both sides are those of the last run
-	Force       bool      // the source wins, whatever the lineage says
-	Now         time.Time // what the state file calls now; zero: the clock
+	Fingerprint bool // do not read where the fingerprints of both sides are those of the last run
+	// BootedEntry and DefaultEntry are the EFI variables LoaderEntrySelected and LoaderEntryDefault, "" when not set: where
+	// entries have to go before there is room for new ones, these stay.
+	BootedEntry, DefaultEntry string
+	Force                     bool      // the source wins, whatever the lineage says
+	Now                       time.Time // what the state file calls now; zero: the clock
 
 	Log      *slog.Logger
 	Progress func(Progress) // called from several goroutines, never concurrently for one target; may be nil
@@ -131,6 +147,7 @@ type Commit struct {
 
 // Summary is what a plan will do, or did, to a target: exact numbers, not estimates.
 type Summary struct {
+	Early         []Change // deleted by a transaction of its own, to make room; not among Changes
 	Changes       []Change
 	Commits       []Commit
 	DataBytes     int64 // bytes of file content to write

@@ -302,6 +302,11 @@ func receive(f *feed, tx *fatdriver.Tx) error {
 	if got != len(f.files) {
 		return ErrStopped
 	}
+	return f.writeOwn(tx)
+}
+
+// writeOwn writes the files whose content was made for the target.
+func (f *feed) writeOwn(tx *fatdriver.Tx) error {
 	for _, nf := range f.own {
 		w := tx.File(nf)
 		if _, err := w.Write(nf.Want.Content.(*Item).data); err != nil {

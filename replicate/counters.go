@@ -3,6 +3,7 @@ package replicate
 import (
 	"path"
 	"slices"
+	"strings"
 
 	"espmirror/fatdriver"
 	"espmirror/replicate/bls"
@@ -108,14 +109,45 @@ func inPlace(src Source, tree *fatdriver.Tree, it *Item) *fatdriver.Node {
 
 // placeName is the name under which a file of the source goes to the target. A boot that was counted on the source says
 // nothing of the target: what is the same file there keeps its own count, what is new begins with the first one. What
-// has proved good is good everywhere.
-func placeName(it *Item, old *fatdriver.Node, same bool) string {
+// has proved good is good everywhere. A rival is one of two files whose names differ by their counters alone.
+func placeName(it *Item, old *fatdriver.Node, same, rival bool) string {
 	n, ok := counted(path.Dir(it.Path), it.Name)
 	switch {
 	case !ok || n.State() == bls.Good:
 		return it.Name
 	case same && old != nil && entryKey(path.Dir(it.Path), old.Name()) == entryKey(path.Dir(it.Path), it.Name):
 		return old.Name()
+	case rival:
+		return it.Name // with the first count both might have one name
 	}
-	return n.Initial()
+	name := n.Initial()
+	if first, ok := bls.ParseName(name); ok && first.State() == bls.Bad {
+		// "+0" does not say how many tries there were. What was never tried here gets one.
+		c := first.Counter.String()
+		left, done, both := strings.Cut(c, "-")
+		c = left[:len(left)-1] + "1"
+		if both {
+			c += "-" + done
+		}
+		name = first.Base + c + first.Suffix
+	}
+	return name
+}
+
+// rivals says which files of a directory have names that differ from another one's by their counters alone.
+func rivals(it *Item) map[*Item]bool {
+	out := map[*Item]bool{}
+	if !counts(it.Path) {
+		return out
+	}
+	first := map[string]*Item{}
+	for _, c := range it.Children {
+		k := entryKey(it.Path, c.Name)
+		if o := first[k]; o != nil {
+			out[o], out[c] = true, true
+		} else {
+			first[k] = c
+		}
+	}
+	return out
 }

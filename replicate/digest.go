@@ -15,12 +15,12 @@ import (
 // treeDigest is the digest of the selected part of a tree in the form that all members share: names folded and without
 // boot counters, of loader entries the text with the member's own words replaced by what they stand for. Times and
 // attributes have no part in it, nor have directories: on a target one may stay for the sake of what is not replicated.
-// hash gives the SHA-256 of a file.
-func treeDigest(src Source, sel *selection, texts map[string]string, hash func(*Item) ([32]byte, error)) (Digest, error) {
+// hash gives the SHA-256 of a file; files for which without is true are left out, unless it is nil.
+func treeDigest(src Source, sel *selection, texts map[string]string, without func(*Item) bool, hash func(*Item) ([32]byte, error)) (Digest, error) {
 	var lines []string
 	var add func(it *Item, key string) error
 	add = func(it *Item, key string) error {
-		if sel.excluded(it.Path) || it.Err != nil {
+		if sel.excluded(it.Path) || it.Err != nil || without != nil && without(it) {
 			return nil
 		}
 		if it.Dir {

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"testing"
 
 	"espmirror/blockdev"
@@ -207,5 +208,74 @@ func TestGarbageBesideOtherDamage(t *testing.T) {
 	}
 	if tried == 0 {
 		t.Fatal("EFI was not written")
+	}
+}
+
+// TestRepairFaults fails every operation of a recovery that has a garbage commit sector or a lost FSInfo to mend. Nothing
+// may be written after a failed flush, and the next recovery, on a device that works, must end with the old tree or the
+// new one.
+func TestRepairFaults(t *testing.T) {
+	cases := crashCases()
+	for _, name := range []string{"replace", "kernel update"} {
+		for _, g := range []geometry{geometries[0], geometries[2]} {
+			t.Run(name+"/"+g.name, func(t *testing.T) {
+				t.Parallel()
+				c := prepared(t, g, cases[name], Options{Selection: crashSelect})
+				m := blockdev.NewMem(bytes.Clone(c.base), g.sector)
+				v, tree := scanned(t, m)
+				info := v.Geometry().FSInfoOff
+				spoilt, runs := 0, 0
+				epoch := 0 // writes since the last flush
+				for _, op := range c.rec.Ops {
+					if op.Flush {
+						epoch = 0
+						continue
+					}
+					epoch++
+					commit := epoch == 1 && (tree.InDirectory("", op.Off) || tree.InDirectory("EFI", op.Off))
+					if len(op.Data) <= g.sector && (commit || op.Off == info) {
+						spoilt++
+						img := bytes.Clone(m.Bytes())
+						clear(img[op.Off : op.Off+int64(len(op.Data))])
+						for _, kind := range faults {
+							for k := 0; ; k += kind.step(g) {
+								d := &failing{Recorder: fixtures.NewRecorder(fixtures.Image(bytes.Clone(img)), g.sector), fault: kind, k: k}
+								r, err := Recover(context.Background(), &Target{Name: "bad", Dev: d}, RecoverOptions{})
+								if !d.fired {
+									break
+								}
+								at := fmt.Sprintf("sector 0x%x, %s %d: %+v, %v", op.Off, kind.name, k, r, err)
+								// A read that fails may hide the record: then the garbage is told of as the damage that it is.
+								reads := kind.kind == blockdev.OpRead || kind.kind == opAny
+								if err == nil && !reads || err != nil && !errors.Is(err, kind.err) && !(reads && errors.Is(err, fatdriver.ErrDamaged)) {
+									t.Fatal(at)
+								}
+								if d.after > 0 {
+									t.Fatalf("%s: %d writes or flushes after a failed flush", at, d.after)
+								}
+								if r, err := Recover(context.Background(), &Target{Name: "mended", Dev: d.State}, RecoverOptions{}); err != nil {
+									t.Fatalf("%s, then: %+v, %v", at, r, err)
+								}
+								n, err := c.visible(d.State)
+								if err == nil {
+									err = c.recovered(d.State, n)
+								}
+								if err != nil {
+									t.Fatalf("%s, then: %v", at, err)
+								}
+								runs++
+							}
+						}
+					}
+					if _, err := m.WriteAt(op.Data, op.Off); err != nil {
+						t.Fatal(err)
+					}
+				}
+				if spoilt == 0 || runs < 10*spoilt {
+					t.Fatalf("%d sectors, %d runs", spoilt, runs)
+				}
+				fixtures.Count("faults", int64(runs))
+			})
+		}
 	}
 }

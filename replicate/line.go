@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"path"
 	"slices"
 	"strings"
 	"time"
@@ -15,6 +16,7 @@ import (
 // line is what a run knows of the generations of a replica set.
 type line struct {
 	state *State // what the source remembers, nil when it has never been in a set
+	lost  error  // why that cannot be read
 	fp    string // the source's fingerprint, "" when there is no volume to take one of
 	now   *State // the generation that this run brings to the targets
 	save  bool   // the source does not know it yet
@@ -80,15 +82,16 @@ func (r *run) begun() error {
 		return nil
 	}
 	st, err := ReadState(r.src)
+	var lost error
 	switch {
 	case errors.Is(err, ErrState) && r.opt.Force:
 		r.log.Warn("the source's state is lost, and a new lineage begins", "err", err)
 	case errors.Is(err, ErrState):
-		return &Hint{refusal{err}, "look whether another member is newer (`espmirror status`); --force begins a new lineage"}
+		lost = err // a target with the same tree knows what the source was
 	case err != nil:
 		return err
 	}
-	r.line = &line{state: st}
+	r.line = &line{state: st, lost: lost}
 	if st != nil && len(r.opt.Selection.Select) == 0 && len(st.Named) == 0 {
 		// What entries once referred to stays selected, so that it goes from the targets when it goes from the source.
 		for _, a := range st.Anchors {
@@ -100,6 +103,27 @@ func (r *run) begun() error {
 	r.line.fp = noFingerprint
 	if tree := r.sourceTree(); tree != nil {
 		r.line.fp = fingerprint(tree, r.sel)
+	}
+	return nil
+}
+
+// wholeSource refuses a member as the source that cannot say what it is.
+func (r *run) wholeSource() error {
+	if r.line == nil {
+		return nil
+	}
+	if errors.Is(r.line.lost, errNewerState) {
+		return &Hint{refusal{r.line.lost}, "a newer espmirror wrote it: use that one; --force begins a new lineage"}
+	}
+	if tree := r.sourceTree(); tree != nil {
+		// What a tree lacks that was left half-way is no change that somebody made.
+		pending, err := unfinished(tree.Volume(), tree)
+		if err != nil {
+			return fmt.Errorf("%w: %s: %w", ErrSource, r.src.Name(), err)
+		}
+		if pending {
+			return &Hint{refusal{fmt.Errorf("%w: %s: %w", ErrSource, r.src.Name(), ErrNeedsRecovery)}, "run `espmirror recover " + r.src.Name() + "`"}
+		}
 	}
 	return nil
 }
@@ -162,6 +186,11 @@ func (r *run) adapt() error {
 				break
 			}
 			if out := Rewrite(text, from, to); string(out) != string(text) {
+				if len(out) > maxEntryFile {
+					s.fail(refusal{fmt.Errorf("cannot sync %s: %s with the texts of this member would have %d bytes, and entries are read up to %d",
+						s.t.Name, f.Path, len(out), maxEntryFile)})
+					break
+				}
 				e := *f
 				e.data, e.Size = out, int64(len(out))
 				s.items[f] = &e
@@ -219,6 +248,7 @@ func (r *run) judge() error {
 	if base == nil || changed {
 		now = base.next(digest, r.sel)
 	}
+	from := lineageSide{base, changed, digest}
 	var over uint64 // the highest generation that is overruled
 	for _, s := range read {
 		in := &Lineage{Verdict: Equal}
@@ -226,21 +256,22 @@ func (r *run) judge() error {
 		if s.state != nil {
 			in.Generation, in.Last = s.state.Generation, s.state.UpdatedAt()
 		}
-		if s.same {
+		if r.alike(s) {
 			continue
 		}
 		why := ""
-		if s.stateErr != nil {
+		switch {
+		case s.stateErr != nil:
 			in.Verdict, why = Diverged, s.stateErr.Error()
-		} else {
-			own, err := r.changedTarget(s, base)
-			if err != nil {
-				s.fail(fmt.Errorf("cannot read %s: %w", s.t.Name, err))
+		case base == nil && r.line.lost != nil:
+			in.Verdict, why = Diverged, r.line.lost.Error()
+		default:
+			in.Verdict, why = r.compareTarget(s, from)
+			if s.res.Err != nil {
 				continue
 			}
-			in.Verdict, why = compareLines(lineageSide{base, changed}, lineageSide{s.state, own})
 		}
-		err := in.Verdict.refuse(why, r.src.Name(), s.t.Name)
+		err := in.Verdict.refuse(why, r.sourceAs(), r.opt.SourceMount, s.t.as())
 		if err != nil && r.opt.Force {
 			r.log.Warn("forced", "target", s.t.Name, "overruled", err.Error())
 			in.Forced = true
@@ -268,7 +299,10 @@ func (r *run) judge() error {
 			continue
 		}
 		left++
-		if s.same && s.state != nil && s.state.same(now) {
+		if s.same && !r.notes(s, from, now) {
+			continue
+		}
+		if s.res.Err != nil {
 			continue
 		}
 		rec := *now
@@ -277,6 +311,59 @@ func (r *run) judge() error {
 	}
 	r.line.save = left > 0 && (r.line.state == nil || !r.line.state.same(now))
 	return nil
+}
+
+// compareTarget is compareLines for a target.
+func (r *run) compareTarget(s *side, src lineageSide) (Verdict, string) {
+	dst, err := r.targetSide(s, src.state)
+	if err != nil {
+		s.fail(fmt.Errorf("cannot read %s: %w", s.t.Name, err))
+		return Diverged, ""
+	}
+	return compareLines(src, dst)
+}
+
+// alike says whether a target differs from the source by nothing but boot counters, in all that its state speaks of.
+func (r *run) alike(s *side) bool {
+	if s.same {
+		return true
+	}
+	sel := &State{}
+	sel.setSelection(r.sel)
+	if s.state == nil || !s.state.sameSelection(sel) {
+		return false
+	}
+	_, changes, err := r.wants(s, false)
+	return err == nil && !slices.ContainsFunc(changes, func(c Change) bool {
+		dir := path.Dir(c.Path)
+		return c.Op != "rename" || c.Dir || fatdriver.Fold(path.Dir(c.From)) != fatdriver.Fold(dir) ||
+			entryKey(dir, path.Base(c.From)) != entryKey(dir, path.Base(c.Path))
+	})
+}
+
+// notes says whether a target that has the tree already is told of the generation.
+func (r *run) notes(s *side, src lineageSide, now *State) bool {
+	switch {
+	case s.stateErr != nil:
+		return !errors.Is(s.stateErr, errNewerState)
+	case s.state == nil:
+		return true
+	case s.state.same(now):
+		return false
+	case s.state.sameSelection(now):
+		return true
+	}
+	// What it remembers is about another part of the tree too, where it may be newer.
+	v, _ := r.compareTarget(s, src)
+	return v == FastForward
+}
+
+// sourceAs is how a hint names the source.
+func (r *run) sourceAs() string {
+	if r.opt.SourceAs != "" {
+		return r.opt.SourceAs
+	}
+	return r.src.Name()
 }
 
 func (r *run) now() time.Time {
@@ -294,7 +381,7 @@ func (r *run) judgeStranger(s *side) error {
 	err := s.stateErr
 	if err == nil {
 		v, why := compareLines(lineageSide{}, lineageSide{state: s.state})
-		err = v.refuse(why, r.src.Name(), s.t.Name)
+		err = v.refuse(why, r.sourceAs(), r.opt.SourceMount, s.t.as())
 		s.res.Lineage = &Lineage{Verdict: v, Generation: s.state.Generation, Last: s.state.UpdatedAt(), Forced: r.opt.Force}
 	} else {
 		err = &Hint{refusal{err}, "--force overwrites what is there"}
@@ -308,12 +395,12 @@ func (r *run) judgeStranger(s *side) error {
 
 // digest is the digest of a part of the source's tree.
 func (r *run) digest(sel *selection) (Digest, error) {
-	return treeDigest(r.src, sel, r.texts(r.opt.SourceGUID), r.hash)
+	return treeDigest(r.src, sel, r.texts(r.opt.SourceGUID), nil, r.hash)
 }
 
 // base is the generation that the source started from, and whether it was changed since. A target with the same tree
 // may know better than the source itself: when a run was cut before the source could note it, or when the source was
-// away and came back to what it had been.
+// away and came to the same by another way. Then the source has gone on from the target's generation too.
 func (r *run) base(sides []*side) (*State, bool, error) {
 	fits := func(st *State) (bool, error) {
 		sel, err := st.selection()
@@ -332,40 +419,58 @@ func (r *run) base(sides []*side) (*State, bool, error) {
 		}
 		changed = !ok
 	}
+	sel := &State{}
+	sel.setSelection(r.sel)
 	for _, s := range sides {
-		if !s.same || s.state == nil || base != nil && (s.state.Lineage != base.Lineage || s.state.Generation <= base.Generation) {
+		st := s.state
+		if st == nil || !r.alike(s) || base != nil && (st.Lineage != base.Lineage || base.knows(st.past())) {
 			continue
 		}
-		ok, err := fits(s.state)
+		ok, err := fits(st)
 		if err != nil {
 			return nil, false, err
 		}
-		if ok {
-			base, changed = s.state, false
+		if !ok && !st.sameSelection(sel) {
+			continue // it may know of changes where this run does not look
 		}
+		if base == nil || st.knows(base.past()) {
+			base, changed = st, !ok
+			continue
+		}
+		// Two branches meet: what comes next follows from both.
+		base, changed = base.merge(st), true
 	}
 	if base != nil && !changed {
 		// Another selection is another tree, even when what was selected before is as it was.
-		sel := &State{}
-		sel.setSelection(r.sel)
 		changed = !base.sameSelection(sel)
 	}
 	return base, changed, nil
 }
 
-// changedTarget says whether a target's tree is another one than its last run left there. The answer is only worked out
+// targetSide says whether a target's tree is another one than its last run left there. The answer is only worked out
 // where the verdict depends on it.
-func (r *run) changedTarget(s *side, base *State) (bool, error) {
+func (r *run) targetSide(s *side, base *State) (lineageSide, error) {
+	dst := lineageSide{state: s.state}
 	if s.state == nil || base == nil || s.state.Lineage != base.Lineage {
-		return false, nil
+		return dst, nil
 	}
 	sel, err := s.state.selection()
 	if err != nil {
-		return false, err
+		return dst, err
 	}
+	dst.digest, err = r.targetDigest(s, sel, nil)
+	interim := s.state.Interim != nil && dst.digest == *s.state.Interim
+	dst.changed = dst.digest != s.state.Digest && !interim
+	return dst, err
+}
+
+// targetDigest is the digest of a part of a target's tree, by the words of its own set file. Files for which without is
+// true are left out; it may be nil.
+func (r *run) targetDigest(s *side, sel *selection, without func(*Item) bool) (Digest, error) {
 	src := s.source()
 	set := s.t.Set
 	if set == nil {
+		var err error
 		if set, err = ReadSet(src); err != nil {
 			set = nil // then its words are compared as they are
 		}
@@ -380,7 +485,7 @@ func (r *run) changedTarget(s *side, base *State) (bool, error) {
 			known[fatdriver.Fold(p)] = h
 		}
 	}
-	d, err := treeDigest(src, sel, texts, func(it *Item) ([32]byte, error) {
+	return treeDigest(src, sel, texts, without, func(it *Item) ([32]byte, error) {
 		if h, ok := known[fatdriver.Fold(it.Path)]; ok {
 			return h, nil
 		}
@@ -391,7 +496,6 @@ func (r *run) changedTarget(s *side, base *State) (bool, error) {
 		defer rd.Close()
 		return hashReader(rd, it.Size)
 	})
-	return d != s.state.Digest, err
 }
 
 // remember notes the generation on the source, before any target is told of it: so whatever a target claims to have,
@@ -416,10 +520,22 @@ func (r *run) remember(ctx context.Context) error {
 func (s *side) stateFile(r *run) *Item {
 	if s.file == nil {
 		text := s.record.Bytes()
-		s.file = &Item{Name: "state", Path: StatePath, Size: int64(len(text)), data: text,
-			Meta: fatdriver.Meta{Attr: fatdriver.AttrHidden | fatdriver.AttrSystem, Created: r.now(), Modified: r.now(), Accessed: r.now()}}
+		s.file = &Item{Name: "state", Path: StatePath, Size: int64(len(text)), data: text, Meta: r.stateMeta()}
 	}
 	return s.file
+}
+
+// stateMeta is what the entry of a state file says: like the journal it is not for the eyes of other systems.
+func (r *run) stateMeta() fatdriver.Meta {
+	return fatdriver.Meta{Attr: fatdriver.AttrHidden | fatdriver.AttrSystem, Created: r.now(), Modified: r.now(), Accessed: r.now()}
+}
+
+// ownDirWith wants our directory as it is, with another state file.
+func ownDirWith(own *fatdriver.Node, it *Item) *fatdriver.Want {
+	dir := fatdriver.Carry(own)
+	dir.Children = slices.DeleteFunc(dir.Children, func(w *fatdriver.Want) bool { return fatdriver.Fold(w.Name) == fatdriver.Fold(it.Name) })
+	dir.Children = append(dir.Children, &fatdriver.Want{Name: it.Name, Size: it.Size, Content: it, Meta: it.Meta})
+	return dir
 }
 
 // withState adds the state file to what is wanted of a target. It lies beside the journal; our directory is switched as
@@ -432,11 +548,7 @@ func (r *run) withState(s *side, points []switchPoint) []switchPoint {
 	if own == nil || !own.IsDir() {
 		return points // the journal comes first, and brings it
 	}
-	it := s.stateFile(r)
-	file := &fatdriver.Want{Name: it.Name, Size: it.Size, Content: it, Meta: it.Meta}
-	dir := fatdriver.Carry(own)
-	dir.Children = slices.DeleteFunc(dir.Children, func(w *fatdriver.Want) bool { return fatdriver.Fold(w.Name) == "STATE" })
-	dir.Children = append(dir.Children, file)
+	dir := ownDirWith(own, s.stateFile(r))
 	// Somebody may have selected EFI itself: then our directory is part of what is wanted there.
 	for i := range points {
 		p := &points[i]
@@ -513,7 +625,7 @@ func (r *run) foretold(s *side) error {
 
 // rehearsal is the side on another device, to try something there.
 func (s *side) rehearsal(dev blockdev.Device) *side {
-	d := &side{t: s.t, res: &Result{}, match: s.match, items: s.items, gone: s.gone, state: s.state, record: s.record, file: s.file,
+	d := &side{t: s.t, res: &Result{}, match: s.match, entries: s.entries, files: s.files, staged: s.staged, items: s.items, gone: s.gone, state: s.state, record: s.record, file: s.file,
 		count: blockdev.NewCounting(dev)}
 	d.dev = d.count
 	return d

@@ -3,6 +3,7 @@ package replicate
 import (
 	"errors"
 	"fmt"
+	"slices"
 )
 
 var (
@@ -28,7 +29,16 @@ const (
 // lineageSide is what the verdict needs of one side.
 type lineageSide struct {
 	state   *State
-	changed bool // the tree is not the one that the state describes
+	changed bool   // the tree is not the one that the state describes
+	digest  Digest // of the tree, where it was changed
+}
+
+// came says whether a side that was changed since the generation of its state is as the other one was at a later one: the
+// same was done to both, here by hand.
+func (s lineageSide) came(other *State) bool {
+	return s.changed && slices.ContainsFunc(append([]Past{other.past()}, other.Past...), func(p Past) bool {
+		return p.Generation > s.state.Generation && p.Digest == s.digest
+	})
 }
 
 // compareLines compares the lineage of source and target whose trees differ. The bases, the generations that the two sides
@@ -59,12 +69,12 @@ func compareLines(src, dst lineageSide) (Verdict, string) {
 		}
 		return Diverged, fmt.Sprintf("both were changed since generation %d", s.Generation)
 	case s.knows(t.past()):
-		if !dst.changed {
+		if !dst.changed || dst.came(s) {
 			return FastForward, ""
 		}
 		return Diverged, fmt.Sprintf("the source went on to generation %d, and the target was changed since generation %d", s.Generation, t.Generation)
 	case t.knows(s.past()):
-		if !src.changed {
+		if !src.changed || src.came(t) {
 			return StaleSource, fmt.Sprintf("the target is at generation %d, the source still at %d", t.Generation, s.Generation)
 		}
 		return Diverged, fmt.Sprintf("the target went on to generation %d, and the source was changed since generation %d", t.Generation, s.Generation)
@@ -72,13 +82,18 @@ func compareLines(src, dst lineageSide) (Verdict, string) {
 	return Diverged, fmt.Sprintf("the source's generation %d and the target's generation %d do not follow from each other", s.Generation, t.Generation)
 }
 
-// refuse is the error of a verdict that stops the run for a target; nil when it may go on.
-func (v Verdict) refuse(why, source, target string) error {
+// refuse is the error of a verdict that stops the run for a target; nil when it may go on. source and target are what a
+// command line calls them, mount is where the source is mounted.
+func (v Verdict) refuse(why, source, mount, target string) error {
+	first := ""
+	if mount != "" {
+		first = "unmount " + mount + " and " // a target must not be mounted
+	}
 	switch v {
 	case StaleSource:
 		return &Hint{
 			refusal{fmt.Errorf("%w: %s", ErrStaleSource, why)},
-			fmt.Sprintf("replicate the other way: `espmirror sync --primary %s --target %s`, or boot from %s; --force overwrites it all the same", target, source, target),
+			fmt.Sprintf("%sreplicate the other way: `espmirror sync --primary %s --target %s`, or boot from %s; --force overwrites it all the same", first, target, source, target),
 		}
 	case Diverged:
 		return &Hint{

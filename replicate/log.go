@@ -90,17 +90,21 @@ func findJournal(v *fatdriver.Volume, tree *fatdriver.Tree) (*journal.Log, block
 // searchJournal looks for a journal with an unfinished record when no directory leads to one: a cut can turn the sector
 // that was being committed into garbage, and that may be the one that names our own directory. Each allocated cluster
 // may be the beginning of it; the header says so, and its binding that it is this volume's, in this place. In a sound tree
-// a file of another name is somebody else's, whatever it holds. nil without an error means that there is none.
-func searchJournal(v *fatdriver.Volume, tree *fatdriver.Tree) (*journal.Log, error) {
+// a file of another name is somebody else's, whatever it holds. nil without an error means that none was found; blind
+// says that not every cluster could be read, so that there may be one all the same.
+func searchJournal(v *fatdriver.Volume, tree *fatdriver.Tree) (found *journal.Log, blind bool, err error) {
 	sound := tree.Damage() == nil
-	var found *journal.Log
-	err := v.EachChain(func(first fatdriver.Cluster) (bool, error) {
+	err = v.EachChain(func(first fatdriver.Cluster) (bool, error) {
 		if sound && tree.Uses(first) {
 			return true, nil
 		}
 		b, err := v.ReadCluster(first, journal.HeaderSize)
 		if err != nil {
-			return true, nil // an unreadable cluster is not it
+			b, err = v.ReadCluster(first, journal.HeaderSize) // one failure is no evidence
+		}
+		if err != nil {
+			blind = true
+			return true, nil
 		}
 		h, err := journal.DecodeHeader(b)
 		if err != nil {
@@ -111,13 +115,20 @@ func searchJournal(v *fatdriver.Volume, tree *fatdriver.Tree) (*journal.Log, err
 			return true, nil
 		}
 		log, err := journal.Open(dev, v.Geometry().SectorSize, binding(v, runs))
-		if err != nil || log.Status().State == journal.Idle {
+		if err != nil && !errors.Is(err, journal.ErrBinding) {
+			log, err = journal.Open(dev, v.Geometry().SectorSize, binding(v, runs))
+		}
+		if err != nil {
+			blind = blind || !errors.Is(err, journal.ErrBinding)
+			return true, nil
+		}
+		if log.Status().State == journal.Idle {
 			return true, nil
 		}
 		found = log
 		return false, nil
 	})
-	return found, err
+	return found, blind, err
 }
 
 // journalOf opens the journal of a target for a new transaction. One that belongs to another volume, or is damaged,

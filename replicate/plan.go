@@ -31,6 +31,58 @@ func (r *run) makePlan(s *side) error {
 	if s.free, err = s.tree.Allocatable(); err != nil {
 		return err
 	}
+	err = r.planOnce(s)
+	var short *fatdriver.Shortfall
+	if !errors.As(err, &short) || s.staged {
+		return err
+	}
+	points, _, werr := r.wants(s, false)
+	if werr != nil {
+		return err
+	}
+	s.entries, s.files = r.removable(s, points)
+	if len(s.entries) == 0 {
+		return err
+	}
+	s.staged = true
+	if r.opt.DryRun {
+		// This is a copy, be it of a dry run or of a rehearsal.
+		if rerr := r.removeFirst(s, s.entries, s.files); rerr != nil {
+			return fmt.Errorf("%w (and room cannot be made: %w)", err, rerr)
+		}
+		if rerr := r.planOnce(s); rerr != nil {
+			return fmt.Errorf("%w (and removing what goes anyway does not make enough room: %w)", err, rerr)
+		}
+		return nil
+	}
+	d, rerr := r.rehearsed(s)
+	if rerr != nil {
+		s.staged = false
+		return rerr
+	}
+	s.res.Summary, s.res.Outcome = d.res.Summary, Differs
+	return nil
+}
+
+// makeRoom carries out the first transaction of a target that needs two, and plans the second.
+func (r *run) makeRoom(s *side) {
+	if !s.staged || s.plan != nil {
+		return
+	}
+	var err error
+	if s.free, err = s.tree.Allocatable(); err == nil {
+		err = r.removeFirst(s, s.entries, s.files)
+	}
+	if err == nil {
+		err = r.planOnce(s)
+	}
+	if err != nil {
+		s.fail(fmt.Errorf("cannot make room on %s: %w", s.t.Name, err))
+	}
+}
+
+// planOnce makes the plan of a target as it is.
+func (r *run) planOnce(s *side) error {
 	if s.skip {
 		s.res.Outcome = InSync
 		s.res.Summary = Summary{FreeBytes: s.free * s.cluster(), FreeAfter: s.free * s.cluster()}
@@ -88,7 +140,8 @@ func (r *run) makePlan(s *side) error {
 		case err != nil:
 			return err
 		}
-		if len(plan.Blocks) == 0 {
+		// A target that is to remember the run needs the journal's directory for that, even when nothing else changes.
+		if len(plan.Blocks) == 0 && (s.record == nil || lookup(s.tree.Root, stateDir) != nil) {
 			s.res.Outcome = InSync
 			n := s.count.Counts() // of recovery, if there was any
 			s.res.Summary = Summary{BytesToWrite: n.BytesWritten, Flushes: int(n.Flushes), FreeBytes: plan.FreeBefore() * s.cluster(), FreeAfter: plan.FreeBefore() * s.cluster()}
@@ -138,9 +191,29 @@ func (r *run) steps(s *side, points []switchPoint) (*fatdriver.Plan, error) {
 	if plan, err := r.inOneSector(s, anchors(points)); plan != nil || err != nil {
 		return plan, err
 	}
+	// What the target remembers of the run comes last: if the rest is never finished, it must not say that it was.
+	points, note := cutState(points)
+	newPlan := func(steps ...fatdriver.Step) (*fatdriver.Plan, error) {
+		return s.tree.NewPlan(append(steps, anchors(note)), r.opt.KeepFree)
+	}
+	if len(note) > 0 {
+		plan, err := s.tree.NewPlan([]fatdriver.Step{anchors(points)}, r.opt.KeepFree)
+		if err != nil {
+			return nil, err
+		}
+		if len(plan.Blocks) <= 1 {
+			return newPlan(anchors(points))
+		}
+		if plan, err = r.inOneSector(s, anchors(points)); err != nil {
+			return nil, err
+		}
+		if plan != nil {
+			return newPlan(whole(anchors(points)))
+		}
+	}
 	payload, entries, bound := r.sortPoints(s, points)
 	if len(bound) == 0 || len(entries) == 0 {
-		return s.tree.NewPlan([]fatdriver.Step{append(anchors(payload), anchors(bound)...), anchors(entries)}, r.opt.KeepFree)
+		return newPlan(append(anchors(payload), anchors(bound)...), anchors(entries))
 	}
 	together := append(anchors(entries), anchors(bound)...)
 	plan, err = r.inOneSector(s, together)
@@ -148,13 +221,14 @@ func (r *run) steps(s *side, points []switchPoint) (*fatdriver.Plan, error) {
 		return nil, err
 	}
 	if plan != nil {
-		return s.tree.NewPlan([]fatdriver.Step{anchors(payload), whole(together)}, r.opt.KeepFree)
+		return newPlan(anchors(payload), whole(together))
 	}
 	// The files of old and new entries are there side by side for a moment, so what an entry refers to cannot be moved
 	// from one name to another: it would be in two places at once.
 	if points, _, err = r.wants(s, true); err != nil {
 		return nil, err
 	}
+	points, note = cutState(points)
 	payload, entries, bound = r.sortPoints(s, points)
 	first := anchors(payload)
 	for _, p := range bound {
@@ -165,7 +239,19 @@ func (r *run) steps(s *side, points []switchPoint) (*fatdriver.Plan, error) {
 		u.New = union(p.New, p.Old)
 		first = append(first, u)
 	}
-	return s.tree.NewPlan([]fatdriver.Step{first, anchors(entries), anchors(bound)}, r.opt.KeepFree)
+	return newPlan(first, anchors(entries), anchors(bound))
+}
+
+// cutState parts the state file's directory from what is replicated.
+func cutState(points []switchPoint) (rest, state []switchPoint) {
+	for _, p := range points {
+		if p.path == stateDir {
+			state = append(state, p)
+		} else {
+			rest = append(rest, p)
+		}
+	}
+	return rest, state
 }
 
 // inOneSector plans a step so that each of its entries switches whole. It returns nil when that takes more than one
@@ -242,17 +328,24 @@ func loses(p switchPoint, refers func(path string) bool) bool {
 // rehearse makes the plan of a target with everything that must be written before it, in memory: whoever has not enough
 // room in the end is refused before the first write.
 func (r *run) rehearse(s *side) error {
+	_, err := r.rehearsed(s)
+	return err
+}
+
+// rehearsed is rehearse, with the side that was rehearsed on.
+func (r *run) rehearsed(s *side) (*side, error) {
 	dry := *r
 	dry.opt.DryRun, dry.log = true, slog.New(slog.DiscardHandler)
 	d := s.rehearsal(blockdev.NewOverlay(s.dev))
+	d.staged = false
 	var err error
 	if d.vol, err = fatdriver.Open(d.dev); err != nil {
-		return err
+		return nil, err
 	}
 	if err := dry.scan(d); err != nil {
-		return err
+		return nil, err
 	}
-	return dry.makePlan(d)
+	return d, dry.makePlan(d)
 }
 
 // summarize fills in the exact numbers of a plan.
@@ -292,8 +385,10 @@ func (r *run) summarize(s *side, log *journal.Log) error {
 	for _, run := range s.plan.Freed() {
 		sum.ClustersFreed += int64(run.Count)
 	}
+	sum.Early = s.early
 	sum.FreeBytes, sum.FreeAfter = s.free*cs, s.plan.FreeAfter()*cs
-	sum.Clusters += s.free - s.plan.FreeBefore() // the journal, and directories that grew
+	sum.ClustersFreed += max(s.freed, 0)
+	sum.Clusters += s.free + s.freed - s.plan.FreeBefore() // the journal, and directories that grew
 	sum.PeakNeeded = sum.Clusters * cs
 	sum.Flushes = int(s.count.Counts().Flushes) + cost.Flushes + flushes
 	s.res.Outcome = Differs

@@ -97,6 +97,7 @@ func recoverVolume(v *fatdriver.Volume, log *slog.Logger, more thorough) (*Recov
 	}
 	jl, _, _, jerr := findJournal(v, tree)
 	home := jl != nil
+	blind := false // the journal may be there, and cannot be seen
 	lost, err := tree.Lost()
 	if err != nil {
 		return rec, err
@@ -104,8 +105,11 @@ func recoverVolume(v *fatdriver.Volume, log *slog.Logger, more thorough) (*Recov
 	if jl == nil && jerr == nil && (len(lost) > 0 || tree.Damage() != nil) {
 		// The commit sector itself may be garbage, and lie on the way to the journal. Zeros there look like an empty
 		// directory: no damage, but everything below it is lost.
-		if jl, err = searchJournal(v, tree); err != nil {
+		if jl, blind, err = searchJournal(v, tree); err != nil {
 			return rec, err
+		}
+		if jl == nil && blind {
+			log.Warn("some clusters cannot be read, and one of them may be the journal: no lost cluster is freed")
 		}
 	}
 	switch {
@@ -217,6 +221,8 @@ func recoverVolume(v *fatdriver.Volume, log *slog.Logger, more thorough) (*Recov
 		switch {
 		case more.reclaim:
 			free = append(free, lost)
+		case jl == nil && blind:
+			// What looks left over from the creation of a journal may be the journal.
 		case jl == nil || !home:
 			stamped, err := stampedClusters(v, lost)
 			if err != nil {

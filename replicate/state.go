@@ -2,6 +2,7 @@ package replicate
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -20,6 +21,9 @@ const StatePath = stateDir + "/state"
 
 // ErrState is returned for a state file that cannot be read: it is damaged, or of a newer version.
 var ErrState = errors.New("cannot read the state of the replica set")
+
+// errNewerState is ErrState of a later version of the format.
+var errNewerState = fmt.Errorf("%w: it is of a newer version", ErrState)
 
 // stateVersion is part of the on-disk format. A reader refuses what is newer than it knows.
 const stateVersion = 1
@@ -63,6 +67,9 @@ type State struct {
 	Exclude []string `json:"exclude,omitempty"`
 	// Past are the generations before, the newest first.
 	Past []Past `json:"past,omitempty"`
+	// Interim is the digest of the tree between the two transactions of a run that had to make room first; nil when the
+	// last run was not one of those, or is complete.
+	Interim *Digest `json:"interim,omitempty"`
 	// Source and Own are the fingerprints of the primary and of this volume at the end of the run; empty when not known.
 	Source string `json:"source_fingerprint,omitempty"`
 	Own    string `json:"own_fingerprint,omitempty"`
@@ -86,8 +93,11 @@ func ParseState(text []byte) (*State, error) {
 	if _, err := dec.Token(); !errors.Is(err, io.EOF) {
 		return nil, fmt.Errorf("%w: there is something behind its end", ErrState)
 	}
-	if s.Version < 1 || s.Version > stateVersion {
-		return nil, fmt.Errorf("%w: it has version %d, known are versions up to %d", ErrState, s.Version, stateVersion)
+	if s.Version < 1 {
+		return nil, fmt.Errorf("%w: it has no version", ErrState)
+	}
+	if s.Version > stateVersion {
+		return nil, fmt.Errorf("%w: it has version %d, known are versions up to %d", errNewerState, s.Version, stateVersion)
 	}
 	if _, err := uuid.Parse(s.Lineage); err != nil {
 		return nil, fmt.Errorf("%w: %q is not a lineage", ErrState, s.Lineage)
@@ -144,6 +154,23 @@ func (s *State) next(d Digest, sel *selection) *State {
 	}
 	n.setSelection(sel)
 	return n
+}
+
+// merge is the later one of two states with the history of both.
+func (s *State) merge(t *State) *State {
+	if t.Generation > s.Generation {
+		s, t = t, s
+	}
+	m := *s
+	m.Past = slices.Clone(s.Past)
+	for _, p := range append([]Past{t.past()}, t.Past...) {
+		if !s.knows(p) {
+			m.Past = append(m.Past, p)
+		}
+	}
+	slices.SortStableFunc(m.Past, func(a, b Past) int { return cmp.Compare(b.Generation, a.Generation) })
+	m.Past = m.Past[:min(len(m.Past), maxHistory)]
+	return &m
 }
 
 // setSelection notes what a digest is about, in an order of its own.

@@ -48,6 +48,11 @@ type side struct {
 	record   *State          // what the target is to remember of this run, nil when nothing new
 	file     *Item           // that, as a file
 
+	staged         bool // room is made first, by the removal of these
+	entries, files []string
+	early          []Change // what was removed so
+	freed          int64    // clusters that it freed
+
 	mu sync.Mutex
 }
 
@@ -98,6 +103,9 @@ func SyncAll(ctx context.Context, jobs []Job) ([][]Result, error) {
 	for _, j := range jobs {
 		r, err := begin(j.Source, j.Targets, j.Options)
 		if err == nil {
+			err = r.wholeSource()
+		}
+		if err == nil {
 			err = r.saneSource()
 		}
 		if err != nil {
@@ -132,10 +140,11 @@ func SyncAll(ctx context.Context, jobs []Job) ([][]Result, error) {
 		if r.opt.DryRun {
 			continue
 		}
-		each(r.sides, r.foretell)
 		if err := r.remember(ctx); err != nil {
 			return stop(err)
 		}
+		each(r.sides, r.makeRoom)
+		each(r.sides, r.foretell)
 		each(r.sides, r.prepare)
 		if err := r.build(ctx, r.sides); err != nil {
 			return stop(err)
@@ -277,7 +286,7 @@ func (r *run) alive() []*side {
 // stop ends the run for all targets that have not failed or finished.
 func (r *run) stop(err error) {
 	for _, s := range r.sides {
-		if s.res.Outcome == "" || s.plan != nil && s.res.Outcome == Differs && !r.opt.DryRun {
+		if s.res.Outcome == "" || (s.plan != nil || s.staged) && s.res.Outcome == Differs && !r.opt.DryRun {
 			s.fail(err)
 		}
 	}

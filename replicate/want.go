@@ -2,6 +2,7 @@ package replicate
 
 import (
 	"fmt"
+	"maps"
 	"path"
 	"sort"
 	"strings"
@@ -21,7 +22,7 @@ type switchPoint struct {
 // another name for files that the target's loader entries refer to: those must be found under their old name until the
 // entries have switched, and under the new one from then on.
 func (r *run) wants(s *side, staged bool) ([]switchPoint, []Change, error) {
-	b := &wantBuilder{r: r, s: s}
+	b := &wantBuilder{r: r, s: s, rivals: map[*Item]bool{}}
 	if staged {
 		b.stay = referred(s.tree)
 	}
@@ -61,6 +62,9 @@ func (r *run) wants(s *side, staged bool) ([]switchPoint, []Change, error) {
 		loader := fatdriver.Fold(parts[0]) == "LOADER"
 		if at == len(parts)-1 {
 			old := childNode(parent, parts[at])
+			if old == nil && it != nil {
+				old = inPlace(r.src, s.tree, it)
+			}
 			w, err := b.top(it, old, a)
 			if err != nil {
 				return nil, nil, err
@@ -110,6 +114,7 @@ type wantBuilder struct {
 	stay    func(p string) bool // files of the target that must not be renamed; nil when all may be
 	changes []Change
 	from    map[string]bool // paths that were renamed away
+	rivals  map[*Item]bool
 }
 
 func (b *wantBuilder) change(op, p, from string, dir bool, size int64) {
@@ -172,14 +177,14 @@ func (b *wantBuilder) wantAs(it *Item, old *fatdriver.Node, anchor bool) (*fatdr
 				return nil, fmt.Errorf("internal error: %s vanished from the target", p)
 			}
 		}
-		name := placeName(it, old, ok && w.Have == old)
+		name := placeName(it, old, ok && w.Have == old, b.rivals[it])
 		at := path.Join(path.Dir(it.Path), name)
 		switch {
 		case !ok && old == nil:
 			b.change("create", at, "", false, e.Size)
 		case !ok:
 			b.change("replace", at, "", false, e.Size)
-		case w.Have == old && (anchor || old.Name() == name):
+		case w.Have == old && (old.Name() == name || anchor && fatdriver.Fold(old.Name()) == fatdriver.Fold(name)):
 			w.Name, w.Template = old.Name(), nil // nothing about it changes
 		default:
 			b.change("rename", at, p, false, e.Size)
@@ -209,6 +214,7 @@ func (b *wantBuilder) wantAs(it *Item, old *fatdriver.Node, anchor bool) (*fatdr
 			b.change("rename", it.Path, old.Path(), true, 0)
 		}
 	}
+	maps.Copy(b.rivals, rivals(it))
 	placed := map[*Item]bool{}
 	add := func(c *Item, n *fatdriver.Node) error {
 		cw, err := b.want(c, n)

@@ -760,6 +760,10 @@ func (m *members) options(o replicate.Options) replicate.Options {
 	if m.esp != nil {
 		o.SourceGUID = m.esp.primary.guid()
 	}
+	if boot, err := gpt.Booted(m.inv.system); err == nil {
+		o.BootedEntry, o.DefaultEntry = boot.Entry, boot.Default
+	}
+	o.SourceAs, o.SourceMount = m.asTarget()
 	o.SourceTree = m.scanned
 	if o.Member = m.isMember(); o.Member {
 		o.Save = m.save
@@ -778,6 +782,23 @@ func (m *members) options(o replicate.Options) replicate.Options {
 		o.KeepFree = n
 	}
 	return o
+}
+
+// asTarget says what a command line would call the primary as a target, and where its volumes are mounted.
+func (m *members) asTarget() (name, mount string) {
+	if m.esp != nil {
+		m = m.esp
+	}
+	var dirs []string
+	for _, x := range []*members{m, m.boot} {
+		if x != nil && x.primary.loc != nil && x.primary.dir != "" {
+			dirs = append(dirs, x.primary.dir)
+		}
+	}
+	if m.primary.loc != nil {
+		name = m.primary.loc.String()
+	}
+	return name, strings.Join(dirs, " and ")
 }
 
 // refuseContent turns "this is no FAT volume that can be written" into a guard's answer.
@@ -1008,10 +1029,10 @@ func (m *members) openTargets(mode blockdev.Mode) []*replicate.Target {
 		}
 		rt := newTarget(t.name, t.loc, t.open)
 		if m.boot != nil {
-			rt.Pair = t.loc.Disk
+			rt.Pair = t.loc.String()
 		}
 		if t.esp != nil {
-			rt.Pair, rt.Member, rt.Set = t.esp.loc.Disk, t.esp.guid(), t.esp.set
+			rt.Pair, rt.Member, rt.Set, rt.As = t.esp.loc.String(), t.esp.guid(), t.esp.set, t.esp.name
 		}
 		ts = append(ts, rt)
 		t.place = len(ts)

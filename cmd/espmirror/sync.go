@@ -167,6 +167,7 @@ type lineageReport struct {
 
 // summaryReport is what is known of a run or a comparison.
 type summaryReport struct {
+	Early   []changeReport `json:"early,omitempty"` // what goes first, in a transaction of its own
 	Changes []changeReport `json:"changes"`
 	*planReport
 }
@@ -228,6 +229,9 @@ func newSummaryReport(verb string, res *replicate.Result) *summaryReport {
 	r := &summaryReport{Changes: []changeReport{}}
 	for _, c := range s.Changes {
 		r.Changes = append(r.Changes, changeReport{c.Op, c.Path, c.From, c.Dir, c.Size})
+	}
+	for _, c := range s.Early {
+		r.Early = append(r.Early, changeReport{c.Op, c.Path, c.From, c.Dir, c.Size})
 	}
 	if !planned {
 		return r
@@ -312,6 +316,13 @@ func (t *targetReport) printPlan(o *output, verify bool) {
 	o.printf("\n")
 	if r := t.Recovered; r != nil {
 		o.printf("  recovery %s\n", r.Action)
+	}
+	if len(s.Early) > 0 {
+		o.printf("  there is no room for old and new side by side; a first transaction makes some:\n")
+		for _, c := range s.Early {
+			c.print(o)
+		}
+		o.printf("  then:\n")
 	}
 	for _, c := range s.Changes {
 		c.print(o)

@@ -49,7 +49,7 @@ const image = "image"
 // names is of use to some loader, or was to an earlier one.
 //
 // `initrd` may name several files in one line, as entries for GRUB do: a word that begins with "/" begins another one, so
-// that a blank in a name does not. Words that begin with "$" are variables of GRUB, and not files.
+// that a blank in a name does not. What begins with "$" is a variable of GRUB, and no file.
 func Parse(path, text string) *Entry {
 	e := &Entry{Path: path}
 	e.setID(path)
@@ -91,6 +91,9 @@ func Parse(path, text string) *Entry {
 
 func (e *Entry) refer(line int, key string, paths ...string) {
 	for _, p := range paths {
+		if strings.HasPrefix(p, "$") {
+			continue
+		}
 		if p = clean(p); p != "" {
 			e.Files = append(e.Files, Ref{key, p, line})
 		}

@@ -67,6 +67,7 @@ func TestParseLines(t *testing.T) {
 		"uki-url http://a/b.efi":                  "",
 		"initrd /ucode.img /initrd.img":           "initrd=ucode.img initrd=initrd.img",
 		"initrd /initramfs-6.1.img $tuned_initrd": "initrd=initramfs-6.1.img",
+		"linux $kernel\ndevicetree-overlay $a /b": "devicetree-overlay=b",
 		"initrd $tuned_initrd":                    "",
 		"initrd $x \t/a":                          "initrd=a",
 		"initrd $x a.img":                         "initrd=a.img",

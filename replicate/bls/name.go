@@ -33,12 +33,13 @@ func (s State) String() string {
 	return "bad"
 }
 
-// Counter is the boot counter in a name. A count that is not written, DONE of "+LEFT", is 0.
+// Counter is the boot counter in a name. A count that is not written, DONE of "+LEFT", is 0. Of one that was parsed, each
+// count keeps the number of its digits when it is changed, as far as they suffice, so that the name stays as long.
 type Counter struct {
 	Present    bool
 	Left, Done uint // boots
 
-	left, done string // the digits; done is empty where it is not written
+	left, done int // digits; 0 where the count is not written, or not from a name
 }
 
 // String returns the counter as it stands in the name: "", "+LEFT" or "+LEFT-DONE".
@@ -46,10 +47,10 @@ func (c Counter) String() string {
 	switch {
 	case !c.Present:
 		return ""
-	case c.done == "":
-		return "+" + c.left
+	case c.done == 0 && c.Done == 0:
+		return fmt.Sprintf("+%0*d", c.left, c.Left)
 	}
-	return "+" + c.left + "-" + c.done
+	return fmt.Sprintf("+%0*d-%0*d", c.left, c.Left, c.done, c.Done)
 }
 
 // Name is the file name of an entry, taken apart.
@@ -109,7 +110,7 @@ func ParseName(name string) (Name, bool) {
 
 func parseCounter(s string) (Counter, bool) {
 	left, done, both := strings.Cut(s, "-")
-	c := Counter{Present: true, left: left, done: done}
+	c := Counter{Present: true, left: len(left), done: len(done)}
 	var ok bool
 	if c.Left, ok = parseTries(left); !ok {
 		return Counter{}, false
@@ -158,13 +159,8 @@ func (n Name) Key() string { return lower(n.Good()) }
 // of LEFT makes it longer, as where a loader that does not pad made "+10" into "+9-1". A name without a counter is
 // returned as it is, and "+0" too, of which nothing says how many there were.
 func (n Name) Initial() string {
-	c := n.Counter
-	if !c.Present {
-		return n.String()
-	}
-	c.left = fmt.Sprintf("%0*d", len(c.left), uint64(c.Left)+uint64(c.Done))
-	c.done = strings.Repeat("0", len(c.done))
-	return n.Base + c.String() + n.Suffix
+	n.Counter.Left, n.Counter.Done = n.Counter.Left+n.Counter.Done, 0
+	return n.String()
 }
 
 // ExtraDir returns the name of the directory beside a UKI that holds its add-ons, credentials and extensions:

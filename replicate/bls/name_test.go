@@ -59,6 +59,27 @@ func TestParseName(t *testing.T) {
 	}
 }
 
+// A counter goes from one name to another, and can be changed or made.
+func TestCounter(t *testing.T) {
+	from, _ := ParseName("old+09-01.conf")
+	to, _ := ParseName("New+3.conf")
+	to.Counter = from.Counter
+	if to.String() != "New+09-01.conf" {
+		t.Error(to)
+	}
+	to.Counter.Left, to.Counter.Done = 8, 2
+	if to.String() != "New+08-02.conf" {
+		t.Error(to)
+	}
+	for want, c := range map[string]Counter{
+		"": {}, "+3": {Present: true, Left: 3}, "+0": {Present: true}, "+2-1": {Present: true, Left: 2, Done: 1}, "+0-12": {Present: true, Done: 12},
+	} {
+		if c.String() != want {
+			t.Errorf("%+v is %q, expected %q", c, c, want)
+		}
+	}
+}
+
 func TestParseExtraDir(t *testing.T) {
 	for dir, key := range map[string]string{
 		"foo.efi.extra.d": "foo.efi", "foo+3-0.EFI.Extra.D": "foo.efi", "foo.conf.extra.d": "", "foo.efi": "", "extra.d": "", ".efi.extra.d": "",

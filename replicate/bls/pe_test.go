@@ -10,6 +10,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"espmirror/fixtures"
 )
 
 // sec is a section of an image made by makePE.
@@ -163,6 +165,36 @@ func TestRealImages(t *testing.T) {
 	}
 }
 
+// The programs of the fixtures are images of their size, for debug/pe too.
+func TestFixtures(t *testing.T) {
+	for _, size := range []int64{0, 240, 241, 510, 5000, 1 << 20} {
+		content := fixtures.PE(size, 1)
+		b, err := io.ReadAll(content.Reader())
+		if err != nil || int64(len(b)) != max(size, 240) || content.Size != int64(len(b)) {
+			t.Fatal(len(b), err)
+		}
+		for what, b := range map[string]string{"PE": string(b), "Program": fixtures.Program(string(b)), "AsProgram": fixtures.AsProgram(string(b[:size/2]))} {
+			p, err := read([]byte(b))
+			if err != nil {
+				t.Fatalf("%s of %d bytes: %v", what, size, err)
+			}
+			ref, err := pe.NewFile(strings.NewReader(b))
+			if err != nil {
+				t.Fatal(err)
+			}
+			compare(t, p, ref)
+			if size > 240 {
+				if _, err := read([]byte(b[:len(b)-1])); !errors.Is(err, ErrPE) {
+					t.Errorf("%s of %d bytes without the last: %v", what, size, err)
+				}
+			}
+			if again := fixtures.AsProgram(b); again != b {
+				t.Errorf("%s of %d bytes is not itself as a program", what, size)
+			}
+		}
+	}
+}
+
 // Each way in which an image is not whole is found, and the error says where.
 func TestBrokenPE(t *testing.T) {
 	const lfanew, opt, table = 0x80, 0x98, 0x98 + 0x70 + 16*8
@@ -293,7 +325,8 @@ func TestProfiles(t *testing.T) {
 	p, err := read(makePE(0, sec{".linux", "kernel"}, sec{".osrel", "ID=x\nNAME=X"}, sec{".cmdline", "quiet"},
 		sec{".profile", "ID=regular\nTITLE=Regular boot"},
 		sec{".profile", "ID=Factory-Reset\nTITLE=Reset"}, sec{".cmdline", "quiet reset"},
-		sec{".profile", ""}, sec{".cmdline", "quiet tm"}, sec{".osrel", "ID=y"}))
+		sec{".profile", ""}, sec{".cmdline", "quiet tm"}, sec{".osrel", "ID=y"},
+		sec{".profile", "ID=hidden"}, sec{".osrel", ""}))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -71,12 +71,13 @@ func (p *PE) profiles() [][2][]Section {
 	return out
 }
 
-// find returns the section of a profile: its own, or the base profile's.
+// find returns the section of a profile: its own, or the base profile's. An empty one counts as none, and hides that of the
+// base profile all the same.
 func find(profile [2][]Section, name string) (Section, bool) {
 	for _, sections := range profile {
 		for _, s := range sections {
-			if s.Name == name && s.Size > 0 {
-				return s, true
+			if s.Name == name {
+				return s, s.Size > 0
 			}
 		}
 	}

@@ -3,7 +3,6 @@ package crashtest
 import (
 	"errors"
 	"os"
-	"os/exec"
 	"reflect"
 	"runtime"
 	"runtime/debug"
@@ -29,14 +28,18 @@ func setting(name string, n int) int {
 	return n
 }
 
-// outside says whether the external judges are there.
-func outside() bool {
-	for _, tool := range []string{"fsck.fat", "mdir", "mcopy"} {
-		if _, err := exec.LookPath(tool); err != nil {
-			return false
-		}
+// outside is a directory for the external judges, "" where one of them is missing: then a subtest is skipped for it.
+func outside(t *testing.T) string {
+	t.Helper()
+	there := false
+	t.Run("external judges", func(t *testing.T) {
+		fixtures.Need(t, "fsck.fat", "mdir", "mcopy")
+		there = true
+	})
+	if !there {
+		return ""
 	}
-	return true
+	return t.TempDir()
 }
 
 // explore records the scenario of a seed and explores it.
@@ -79,11 +82,7 @@ func TestPowerCut(t *testing.T) {
 	if testing.Short() {
 		n = min(n, 60)
 	}
-	dir := t.TempDir()
-	if !outside() {
-		dir = ""
-		t.Log("without fsck.fat and mtools")
-	}
+	dir := outside(t)
 	var mu sync.Mutex
 	var all Tally
 	var wg sync.WaitGroup
@@ -130,10 +129,7 @@ func TestPowerCut(t *testing.T) {
 // refuses because of its last cluster (648).
 func TestSeedsThatFailed(t *testing.T) {
 	b := Budget{Read: 4096, Recover: 400, Random: 20, Torn: 300, TornSectors: 2, Twice: 40, TwiceStep: 3, Samples: 8}
-	dir := t.TempDir()
-	if !outside() {
-		dir = ""
-	}
+	dir := outside(t)
 	for _, seed := range []uint64{57, 173, 648, 1294} {
 		if _, err := explore(dir, seed, b); err != nil {
 			t.Error(err)

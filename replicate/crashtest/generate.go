@@ -354,6 +354,7 @@ func Generate(seed uint64) *Scenario {
 		m.kernel(t, "6.0")
 	}
 	s.After = t.fold().programs()
+	s.Member, s.Known = seed%5 < 2, seed%10 < 2
 	w := &s.Wear
 	if m.IntN(3) == 0 {
 		w.Holes = 5 + m.IntN(60)

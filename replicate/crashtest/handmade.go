@@ -104,6 +104,18 @@ func HandmadeScenarios() []*Handmade {
 		t["EFI/debian/vmlinuz-1"], t["EFI/debian/initrd-1"] = blob("vmlinuz 1", 1500), blob("initrd 1", 2500)
 		t["loader/entries/1.conf"] = entry("EFI/debian/vmlinuz-1", "EFI/debian/initrd-1")
 	})
+	// Three kernels of which one goes first, because there is no room for a fourth.
+	crowded := with(boot, func(t Tree) {
+		for i := 1; i <= 3; i++ {
+			v := fmt.Sprintf("tok/%d/linux", i)
+			t[v], t[fmt.Sprintf("loader/entries/%d.conf", i)] = blob(v, 280_000), entry(v)
+		}
+	})
+	renewed := with(crowded, func(t Tree) {
+		delete(t, "tok/1/linux")
+		delete(t, "loader/entries/1.conf")
+		t["tok/4/linux"], t["loader/entries/4.conf"] = blob("tok/4/linux", 280_000), entry("tok/4/linux")
+	})
 	// The entries are in the root and the kernels are not, so that it takes three commits.
 	updated := with(kernels, func(t Tree) {
 		delete(t, "EFI/debian/vmlinuz-1")
@@ -153,6 +165,21 @@ func HandmadeScenarios() []*Handmade {
 	add("others' straddling clusters", fat12, boot, replaced, microsoft, Wear{}, straddle)
 	add("at a straddling entry", fat12, boot, replaced, microsoft, Wear{}, func(dev blockdev.Device) error { return occupy(dev, 1360) })
 	add("kernel update", fat12, kernels, updated, microsoft, Wear{Holes: 30}, nil)
+	member := func(known bool) {
+		h := all[len(all)-1]
+		h.Member, h.Known = true, known
+		h.Name += ", a member"
+	}
+	tok := []string{"loader", "EFI/BOOT", "EFI/Linux", "tok"}
+	add("makes room", fat12, crowded, renewed, microsoft, Wear{}, nil, tok...)
+	add("makes room", fat12, crowded, renewed, microsoft, Wear{}, nil, tok...)
+	member(true)
+	add("replace", fat16, boot, replaced, microsoft, Wear{}, nil)
+	member(true)
+	add("kernel update", fat16, kernels, updated, microsoft, Wear{}, nil)
+	member(true)
+	add("no journal", fat16, boot, replaced, microsoft, Wear{NoJournal: true}, nil)
+	member(false)
 	add("EFI is full", fat16, boot, vendors, full, Wear{Holes: 40}, nil, vendorSelect...)
 	add("EFI is full, no journal", fat16, boot, vendors, full, Wear{Holes: 40, NoJournal: true}, nil, vendorSelect...)
 	add("files in the root", fat16, rootOnly, rootFiles, rootOthers, Wear{}, behindEnd, one, two)

@@ -7,8 +7,10 @@ package crashtest
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"math/rand/v2"
+	"time"
 
 	"espmirror/blockdev"
 	"espmirror/fatdriver"
@@ -67,11 +69,18 @@ type Scenario struct {
 	After    Tree // what it is to have
 	Others   Tree // files that are not selected
 	Select   []string
+	Member   bool // the run counts generations
+	Known    bool // the target is at one already
 }
 
 // Options are those of the recorded run.
 func (s *Scenario) Options() replicate.Options {
-	return replicate.Options{Selection: replicate.Selection{Select: s.Select}}
+	o := replicate.Options{Selection: replicate.Selection{Select: s.Select}}
+	if s.Member {
+		o.Member, o.Force, o.Now = true, true, time.Unix(1_700_000_000, 0) // forced, because the trees come from nowhere
+		o.Save = func(context.Context, []byte) error { return nil }
+	}
+	return o
 }
 
 // syncTo replicates a tree to a device.
@@ -140,6 +149,25 @@ func (s *Scenario) Volume() (*fixtures.Sparse, error) {
 			return fill(full)
 		})
 	}
+	if s.Known {
+		steps = append(steps, func() error {
+			all := Tree{}
+			for p, c := range s.Before {
+				all[p] = c
+			}
+			if len(all) == 0 {
+				return nil
+			}
+			res, err := syncTo(dev, all, s.Options())
+			if err == nil && res.Err != nil && !errors.Is(res.Err, replicate.ErrRefused) && !errors.Is(res.Err, fatdriver.ErrNoSpace) && !errors.Is(res.Err, replicate.ErrEmptySelection) {
+				err = res.Err
+			}
+			if errors.Is(err, replicate.ErrEmptySelection) {
+				err = nil
+			}
+			return err
+		})
+	}
 	if s.Wear.NoJournal {
 		steps = append(steps, func() error { return forget(dev) })
 	}
@@ -167,8 +195,11 @@ func forget(dev blockdev.Device) error {
 		return nil
 	}
 	p := &fixtures.Patcher{Tree: tree, RW: dev}
-	for _, path := range []string{"EFI/espmirror/journal", "EFI/espmirror"} {
-		e := tree.Get(path)
+	for i := range tree.Entries {
+		e := &tree.Entries[i]
+		if !fixtures.Ours(e.Path) {
+			continue
+		}
 		for _, r := range e.Runs {
 			for i := range r.Count {
 				if err := p.SetFAT(r.First+i, 0); err != nil {

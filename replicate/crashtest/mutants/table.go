@@ -36,6 +36,7 @@ const (
 	recoverGo  = "replicate/recover.go"
 	syncGo     = "replicate/sync.go"
 	latchGo    = "replicate/latch.go"
+	stageGo    = "replicate/stage.go"
 )
 
 // common are the patches that belong to no single mutant. unchecked() is set in the second run of a mutant that the
@@ -144,7 +145,7 @@ var Table = []Mutant{
 		}
 		`}}},
 	{Name: "intent after the build", Breaks: "the record is written between build and commit", Patches: []Patch{
-		{syncGo, "each(sides, r.prepare)", "each(sides, r.prepare)", "if !mutant(\"intent after the build\") {\neach(sides, r.prepare)\n}"}}},
+		{syncGo, "each(r.sides, r.prepare)", "each(r.sides, r.prepare)", "if !mutant(\"intent after the build\") {\neach(r.sides, r.prepare)\n}"}}},
 	{Name: "record closed before free", Breaks: "the record is closed, flushed, and then the old clusters become free", Patches: []Patch{
 		{buildGo, "func closeTx(tx *fatdriver.Tx, log *journal.Log) error {", "", "\nif mutant(\"record closed before free\") && log != nil {\nif err := inOrder(log.Done, tx.Flush); err != nil {\nreturn err\n}\n}"}}},
 	{Name: "commits without Advance", Breaks: "several commits, and the record does not say how far they came", First: "kernel", Patches: []Patch{
@@ -268,6 +269,12 @@ var Table = []Mutant{
 	{Name: "record without new content", Breaks: "the record does not name what rolling forward relies on", First: "kernel"},
 	{Name: "digest without old directories", Breaks: "rolling forward does not look at what it replaces", First: "kernel", Patches: []Patch{
 		{planGo, "if len(p.Blocks) > 1 {", "len(p.Blocks) > 1", `len(p.Blocks) > 1 && !mutant("digest without old directories")`}}},
+
+	// Room for what is new.
+	{Name: "files go before their entries", Breaks: "what makes room takes away kernels first, and then the entries that name them", First: "makes room", Patches: []Patch{
+		{stageGo, "for _, list := range [][]string{entries, files} {", "for _,", "if mutant(\"files go before their entries\") {\nentries, files = files, entries\n}\nfor _,"}}},
+	{Name: "no intent for making room", Breaks: "the transaction that makes room has no record", First: "makes room", Patches: []Patch{
+		{stageGo, "if err := log.Prepare(rec); err != nil {", "log.Prepare(rec)", "skip(\"no intent for making room\", func() error { return log.Prepare(rec) })"}}},
 
 	// Recovery.
 	{Name: "no recovery before a sync", Breaks: "a sync plans on a volume with an unfinished record", Patches: []Patch{
