@@ -151,8 +151,8 @@ func (inv *invocation) newMembers(verb string) (*members, error) {
 	return inv.newMembersOf(verb, names, len(names) == 0)
 }
 
-// newMembersOf finds the primary and the targets with the given names. Nothing is open when there is an error. bySet adds the members of the replica set that
-// are not among them.
+// newMembersOf finds the primary and the targets with the given names. bySet adds the members of the replica set that
+// are not among them. With an error, nothing is open, and the members are what was found so far.
 func (inv *invocation) newMembersOf(verb string, names []string, bySet bool) (*members, error) {
 	name, booted, err := inv.primaryName()
 	if err != nil {

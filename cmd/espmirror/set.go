@@ -42,9 +42,9 @@ func (inv *invocation) removeCommand() *cli.Command {
 
 func (inv *invocation) setCommandFlags() []cli.Flag {
 	return []cli.Flag{
-		setFlags()[0],
+		&cli.GenericFlag{Name: "primary", Value: &once{}, Usage: "change the replica set of this `VOLUME` or mount point (default: $SYSTEMD_ESP_PATH, else the ESP that was booted)"},
 		&cli.BoolFlag{Name: "dry-run", Aliases: []string{"n"}, Usage: "say what would be done, and write nothing", DisableDefaultText: true},
-		&cli.BoolFlag{Name: "no-sync", Usage: "change the primary's file alone; the next `sync` brings it to the others", DisableDefaultText: true},
+		&cli.BoolFlag{Name: "no-sync", Usage: "change the primary's file alone; the next sync brings it to the others", DisableDefaultText: true},
 		noProgressFlag(),
 	}
 }

@@ -489,9 +489,11 @@ func TestSetErrors(t *testing.T) {
 	// What the set leaves out stays out, whatever the command line adds.
 	r.copyIn("sda1", "loader/esp-sync", good+"exclude EFI/Linux\n")
 	r.copyIn("sdb1", "EFI/Linux/own.efi", fixtures.Program("own"))
-	res := r.run("sync", "-n", "--exclude", "nothing")
-	if strings.Contains(res.stdout, "own.efi") {
-		t.Error(res.stdout)
+	r.run("verify").want(exitDiffers).has("loader/esp-sync")
+	for _, args := range [][]string{{"--exclude", "nothing"}, {"--select", "EFI"}} {
+		if res := r.run(append([]string{"verify"}, args...)...); strings.Contains(res.stdout, "own.efi") {
+			t.Error(res.stdout)
+		}
 	}
 }
 
