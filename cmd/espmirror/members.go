@@ -40,6 +40,7 @@ type members struct {
 	set     *replicate.Set   // the primary's replica set file, nil when it has none
 	bySet   bool             // the targets are those of the set, not of the command line
 	booted  bool             // nobody named the primary: it is what the machine was started from
+	waited  time.Duration    // for disks, so far
 	scanned *fatdriver.Tree  // the volume of a primary that is read through its mount point
 	boot    *members         // the XBOOTLDR partitions on the same disks, nil when the primary's disk has none
 	esp     *members         // of XBOOTLDR partitions, the ESPs that they belong to
@@ -228,7 +229,7 @@ func (m *members) wait(among []string) error {
 	if err != nil {
 		return err
 	}
-	if !given && m.bySet && m.verb == "sync" && m.set != nil {
+	if !given && m.bySet && m.verb == "sync" && !m.dry && m.set != nil {
 		limit, _ = m.set.Timeout()
 	}
 	var late []*member
@@ -246,11 +247,14 @@ func (m *members) wait(among []string) error {
 	return nil
 }
 
-// waitFor waits until members that are named by PARTUUID are there, and no longer than limit.
+// waitFor waits until members that are named by PARTUUID are there, and no longer than limit, all waits of a run together.
 func (m *members) waitFor(limit time.Duration, late ...*member) error {
-	if limit <= 0 || len(late) == 0 {
+	left := limit - m.waited
+	if left <= 0 || len(late) == 0 {
 		return nil
 	}
+	start := time.Now()
+	defer func() { m.waited += time.Since(start) }()
 	guids := make([]string, len(late))
 	for i, t := range late {
 		guids[i] = strings.TrimPrefix(t.name, "PARTUUID=")
@@ -258,7 +262,7 @@ func (m *members) waitFor(limit time.Duration, late ...*member) error {
 	w := gpt.Waiter{System: m.inv.system, Tell: func(missing []string) {
 		m.inv.log.Info("waiting for "+partUUIDs(missing), "timeout", limit.String())
 	}}
-	_, err := w.Wait(m.inv.ctx, guids, limit)
+	_, err := w.Wait(m.inv.ctx, guids, left)
 	if err != nil && m.inv.ctx.Err() == nil {
 		m.inv.log.Warn("cannot wait for disks", "err", err)
 		return nil

@@ -450,6 +450,16 @@ func TestSyncBySet(t *testing.T) {
 	time.AfterFunc(200*time.Millisecond, func() { r.plug("sda") })
 	r.do("sync", "--timeout=1min").want(0).has("waiting for PARTUUID=" + guidOf(1))
 	r.run("sync", "--timeout=soon").want(exitUsage)
+	// The time is that of all waits together.
+	r.pull("sda")
+	r.pull("sdb")
+	start = time.Now()
+	time.AfterFunc(700*time.Millisecond, func() { r.plug("sda") })
+	r.do("sync", "--timeout=2s").want(exitPartial).has("waiting for PARTUUID="+guidOf(1), "waiting for PARTUUID="+guidOf(2))
+	if took := time.Since(start); took > 2600*time.Millisecond {
+		t.Errorf("it waited for %v in all", took)
+	}
+	r.plug("sdb")
 	r.run("sync", "--timeout=soon", "--target", r.node("sdb1")).want(exitUsage)
 
 	// The set says how long to wait. Who only looks does not.
@@ -553,6 +563,24 @@ func TestTwoOnOneDisk(t *testing.T) {
 	makeFixture(t, fixtures.DiskSpec{Size: 8 << 20, GUID: guidOf(90), Parts: []fixtures.PartSpec{esp(2, emptyTree), full}}, "two.img")
 	b.writes = true
 	b.run("sync", "--primary", "a.img", "--target", "two.img@@p1", "--target", "two.img@@p2").want(exitPartial).has("two.img@@p1  synced", "not enough room")
+}
+
+// TestAddOfAnotherSet: a volume that has a history of its own is not overwritten by being added. The hint says how it is.
+func TestAddOfAnotherSet(t *testing.T) {
+	r := newRig(t)
+	r.set(2)
+	r.disk("sdc", esp(3, bootTree))
+	r.disk("sdd", esp(4, emptyTree))
+	r.boot(guidOf(3))
+	r.do("add", "-q", r.node("sdd1")).want(0)
+	r.copyIn("sdd1", "loader/loader.conf", "timeout 4\n")
+	r.boot(guidOf(1))
+	res := r.do("add", r.node("sdd1")).want(exitPartial).has("added "+guidOf(4), "they belong to different replica sets")
+	r.run("cat", r.node("sdd1"), "loader/loader.conf").want(0).has("timeout 4")
+	r.run("sync").want(exitRefused)
+	r.follow(res, 0).want(0)
+	r.run("sync").want(0)
+	r.run("status").want(0)
 }
 
 // TestPrimaryHeld: the set is not changed while somebody else writes to the primary.

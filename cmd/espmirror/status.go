@@ -279,7 +279,10 @@ func behind(l *replicate.Lineage) string {
 
 // syncCommand is what brings a target up to date.
 func (m *members) syncCommand(t *member) string {
-	if m.bySet && m.inv.text("primary") == "" {
+	if m.bySet {
+		if p := m.inv.text("primary"); p != "" {
+			return "espmirror sync --primary " + quoted(p)
+		}
 		return "espmirror sync"
 	}
 	if t.esp != nil {

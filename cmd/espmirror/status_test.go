@@ -100,7 +100,7 @@ func TestStatusStates(t *testing.T) {
 
 	// Somebody writes to one, and the primary was taken out of the machine.
 	release := r.hold("sdb1")
-	r.run("status", "--target", r.node("sdb1")).want(exitRefused).has("busy", "locked by another program")
+	r.run("status", "--target", r.node("sdb1")).want(exitRefused).golden("status-busy")
 	release()
 	r.pull("sda")
 	r.run("status").want(exitFailed).golden("status-no-primary")
