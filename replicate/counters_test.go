@@ -7,11 +7,13 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"espmirror/fixtures"
 )
 
 // withFiles is a tree that can be replicated, with some more files.
 func withFiles(more map[string]string) map[string]string {
-	out := map[string]string{"loader/loader.conf": "timeout 3\n", "EFI/BOOT/BOOTX64.EFI": "MZ boot"}
+	out := map[string]string{"loader/loader.conf": "timeout 3\n", "EFI/BOOT/BOOTX64.EFI": fixtures.Program("boot")}
 	maps.Copy(out, more)
 	return out
 }
@@ -70,7 +72,7 @@ func TestCounters(t *testing.T) {
 						if suffix == ".conf" {
 							content = "title " + content + "\n"
 						} else {
-							content = "MZ " + content
+							content = fixtures.Program(content)
 						}
 						out[dir+"/"+n+suffix] = content
 					}
@@ -122,7 +124,7 @@ func TestCounters(t *testing.T) {
 func TestCountersAreNoChange(t *testing.T) {
 	ms := newMembers(t, geometries[0], nil, "a", "b", "c")
 	a, b, c := ms[0], ms[1], ms[2]
-	a.write(t, withFiles(map[string]string{"EFI/Linux/u+3-0.efi": "MZ u", "loader/entries/e+3-0.conf": "title e\n"}))
+	a.write(t, withFiles(map[string]string{"EFI/Linux/u+3-0.efi": fixtures.Program("u"), "loader/entries/e+3-0.conf": "title e\n"}))
 	res, err := a.sync(t, Options{}, b, c)
 	expectResults(t, "first", res, err, Synced, Synced)
 	a.edit(t, map[string]*string{"EFI/Linux/u+3-0.efi": ptr("→u+2-1.efi"), "loader/entries/e+3-0.conf": ptr("→e+2-1.conf")})
@@ -156,7 +158,7 @@ func TestCountersAreNoChange(t *testing.T) {
 		t.Error(slices.Sorted(maps.Keys(c.files(t))))
 	}
 	// A real change on the target is seen all the same.
-	c.edit(t, map[string]*string{"EFI/Linux/u.efi": ptr("MZ somebody else's")})
+	c.edit(t, map[string]*string{"EFI/Linux/u.efi": ptr(fixtures.Program("somebody else's"))})
 	res, err = a.sync(t, Options{}, b, c)
 	expectResults(t, "changed", res, err, InSync, ErrStaleSource)
 }
@@ -165,8 +167,8 @@ func TestCountersAreNoChange(t *testing.T) {
 func TestCountedAnchor(t *testing.T) {
 	ms := newMembers(t, geometries[0], nil, "a", "b")
 	a, b := ms[0], ms[1]
-	a.write(t, withFiles(map[string]string{"EFI/Linux/u+3-0.efi": "MZ u", "EFI/Linux/other.efi": "MZ other"}))
-	b.write(t, withFiles(map[string]string{"EFI/Linux/u+2-1.efi": "MZ u", "EFI/Linux/mine.efi": "MZ mine"}))
+	a.write(t, withFiles(map[string]string{"EFI/Linux/u+3-0.efi": fixtures.Program("u"), "EFI/Linux/other.efi": fixtures.Program("other")}))
+	b.write(t, withFiles(map[string]string{"EFI/Linux/u+2-1.efi": fixtures.Program("u"), "EFI/Linux/mine.efi": fixtures.Program("mine")}))
 	o := Options{Selection: Selection{Select: []string{"EFI/Linux/u+3-0.efi"}}}
 	for range 2 {
 		res, err := a.sync(t, o, b)
@@ -178,7 +180,7 @@ func TestCountedAnchor(t *testing.T) {
 		for p, c := range b.files(t) {
 			if strings.HasPrefix(p, "EFI/Linux/u") {
 				counted = append(counted, p)
-				if c != "MZ u" {
+				if c != fixtures.Program("u") {
 					t.Errorf("%s is %q", p, c)
 				}
 			}
@@ -186,7 +188,7 @@ func TestCountedAnchor(t *testing.T) {
 		if len(counted) != 1 {
 			t.Errorf("%v", counted)
 		}
-		if b.files(t)["EFI/Linux/mine.efi"] != "MZ mine" {
+		if b.files(t)["EFI/Linux/mine.efi"] != fixtures.Program("mine") {
 			t.Error("what is not selected was touched")
 		}
 	}

@@ -47,7 +47,14 @@ func treeDigest(src Source, sel *selection, texts map[string]string, without fun
 		lines = append(lines, hex.EncodeToString(sum[:])+" "+key)
 		return nil
 	}
-	for _, a := range sel.anchors {
+	anchors := sel.anchors
+	if sel.everything() {
+		anchors = nil // and what has come to the root since
+		for _, c := range src.Root().Children {
+			anchors = append(anchors, c.Path)
+		}
+	}
+	for _, a := range anchors {
 		if it := src.Root().lookup(a); it != nil {
 			if err := add(it, path.Join(fatdriver.Fold(path.Dir(it.Path)), entryKey(path.Dir(it.Path), it.Name))); err != nil {
 				return Digest{}, err
@@ -108,6 +115,13 @@ func fingerprint(tree *fatdriver.Tree, sel *selection) string {
 		}
 	}
 	anchors := slices.Clone(sel.anchors)
+	if sel.everything() {
+		for _, c := range tree.Root.Children {
+			if !sel.covers(c.Name()) {
+				anchors = append(anchors, c.Name())
+			}
+		}
+	}
 	slices.Sort(anchors)
 	for _, a := range anchors {
 		if n := lookup(tree.Root, a); n != nil {

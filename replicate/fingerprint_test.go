@@ -8,13 +8,14 @@ import (
 	"testing"
 
 	"espmirror/blockdev"
+	"espmirror/fixtures"
 )
 
 // bigTree has files that one sees being read.
 func bigTree() map[string]string {
 	files := withFiles(nil)
 	for i := range 4 {
-		files[fmt.Sprintf("EFI/Linux/u%d+3-0.efi", i)] = "MZ" + strings.Repeat(fmt.Sprint(i), 300_000)
+		files[fmt.Sprintf("EFI/Linux/u%d+3-0.efi", i)] = fixtures.Program(strings.Repeat(fmt.Sprint(i), 300_000))
 	}
 	return files
 }
@@ -60,11 +61,11 @@ func TestFingerprint(t *testing.T) {
 			return Options{}
 		}, true, InSync},
 		{"another content of the same size and time on the source", func(t *testing.T, a, b *aMember) Options {
-			a.edit(t, map[string]*string{"EFI/Linux/u1+3-0.efi": ptr("MZ" + strings.Repeat("x", 300_000))})
+			a.edit(t, map[string]*string{"EFI/Linux/u1+3-0.efi": ptr(fixtures.Program(strings.Repeat("x", 300_000)))})
 			return Options{}
 		}, true, Synced},
 		{"the same on the target", func(t *testing.T, a, b *aMember) Options {
-			b.edit(t, map[string]*string{"EFI/Linux/u1+3-0.efi": ptr("MZ" + strings.Repeat("x", 300_000))})
+			b.edit(t, map[string]*string{"EFI/Linux/u1+3-0.efi": ptr(fixtures.Program(strings.Repeat("x", 300_000)))})
 			return Options{}
 		}, true, Refused},
 		{"another selection", func(t *testing.T, a, b *aMember) Options {
@@ -158,9 +159,9 @@ func TestForetold(t *testing.T) {
 			t.Parallel()
 			ms := newMembers(t, g, nil, "a", "b")
 			a, b := ms[0], ms[1]
-			files := withFiles(map[string]string{"EFI/Linux/u.efi": "MZ u"})
+			files := withFiles(map[string]string{"EFI/Linux/u.efi": fixtures.Program("u")})
 			for i := range 8 {
-				files[fmt.Sprintf("EFI/Linux/a long name, for slots %d.efi", i)] = "MZ" + strings.Repeat("n", 700*i)
+				files[fmt.Sprintf("EFI/Linux/a long name, for slots %d.efi", i)] = fixtures.Program(strings.Repeat("n", 700*i))
 				if i%3 == 2 {
 					delete(files, fmt.Sprintf("EFI/Linux/a long name, for slots %d.efi", i-1))
 					files[token+fmt.Sprintf("/%d/linux", i)] = "kernel"

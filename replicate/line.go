@@ -306,6 +306,10 @@ func (r *run) judge() error {
 			continue
 		}
 		rec := *now
+		if rec.Rest, err = r.rest(r.view(s), s.state, s.gone, !s.res.Lineage.Forced); err != nil {
+			s.fail(fmt.Errorf("cannot read %s: %w", s.t.Name, err))
+			continue
+		}
 		rec.Source, rec.Own, rec.Updated = r.line.fp, noFingerprint, r.now().Unix()
 		s.record = &rec
 	}
@@ -458,22 +462,102 @@ func (r *run) targetSide(s *side, base *State) (lineageSide, error) {
 	if err != nil {
 		return dst, err
 	}
-	dst.digest, err = r.targetDigest(s, sel, nil)
+	v := r.view(s)
+	if dst.digest, err = v.digest(sel, nil); err != nil {
+		return dst, err
+	}
 	interim := s.state.Interim != nil && dst.digest == *s.state.Interim
 	dst.changed = dst.digest != s.state.Digest && !interim
+	now := &State{}
+	if now.setSelection(r.sel); s.state.sameSelection(now) {
+		return dst, nil
+	}
+	// What other runs selected may be selected again now.
+	kept, err := v.keeps(s.state)
+	if !kept {
+		dst.changed, dst.digest = true, Digest{}
+	}
 	return dst, err
+}
+
+// view is a volume or directory as its member reads it.
+type view struct {
+	src   Source
+	texts map[string]string
+	hash  func(*Item) ([32]byte, error)
+}
+
+// digest is that of a part of the tree, without the files of another part.
+func (v view) digest(sel, but *selection) (Digest, error) {
+	var without func(*Item) bool
+	if but != nil {
+		without = func(it *Item) bool { return !it.Dir && but.takes(it.Path) }
+	}
+	return treeDigest(v.src, sel, v.texts, without, v.hash)
 }
 
 // targetDigest is the digest of a part of a target's tree, by the words of its own set file. Files for which without is
 // true are left out; it may be nil.
 func (r *run) targetDigest(s *side, sel *selection, without func(*Item) bool) (Digest, error) {
+	v := r.view(s)
+	return treeDigest(v.src, sel, v.texts, without, v.hash)
+}
+
+// keeps says whether the rest of a state is as it was.
+func (v view) keeps(st *State) (bool, error) {
+	main, err := st.selection()
+	for i := range st.Rest {
+		var sel *selection
+		var d Digest
+		if err == nil {
+			sel, err = st.Rest[i].selection()
+		}
+		if err == nil {
+			d, err = v.digest(sel, main)
+		}
+		if err != nil || d != st.Rest[i].Digest {
+			return false, err
+		}
+	}
+	return true, err
+}
+
+// rest is what a state says of what is not selected any more. Where it was changed since, or may have been, nothing is
+// known of it from then on.
+func (r *run) rest(v view, st *State, gone []string, known bool) ([]Part, error) {
+	if st == nil {
+		return nil, nil
+	}
+	now := &State{}
+	if now.setSelection(r.sel); st.sameSelection(now) {
+		return st.Rest, nil
+	}
+	parts := st.left(r.sel, gone)
+	for i := range parts {
+		parts[i].Digest = Digest{}
+		if !known {
+			continue
+		}
+		sel, err := parts[i].selection()
+		if err == nil {
+			parts[i].Digest, err = v.digest(sel, r.sel)
+		}
+		if err != nil {
+			return nil, err
+		}
+	}
+	return parts, nil
+}
+
+// sourceView is the source as the member that it is.
+func (r *run) sourceView() view { return view{r.src, r.texts(r.opt.SourceGUID), r.hash} }
+
+// view is a target as the member that it is.
+func (r *run) view(s *side) view {
 	src := s.source()
 	set := s.t.Set
 	if set == nil {
-		var err error
-		if set, err = ReadSet(src); err != nil {
-			set = nil // then its words are compared as they are
-		}
+		set, _ = ReadSet(src) // one that cannot be read tells no words apart
 	}
 	var texts map[string]string
 	if guid := s.t.guid(); set != nil && guid != "" {
@@ -485,7 +569,7 @@ func (r *run) targetDigest(s *side, sel *selection, without func(*Item) bool) (D
 			known[fatdriver.Fold(p)] = h
 		}
 	}
-	return treeDigest(src, sel, texts, without, func(it *Item) ([32]byte, error) {
+	return view{src, texts, func(it *Item) ([32]byte, error) {
 		if h, ok := known[fatdriver.Fold(it.Path)]; ok {
 			return h, nil
 		}
@@ -495,7 +579,7 @@ func (r *run) targetDigest(s *side, sel *selection, without func(*Item) bool) (D
 		}
 		defer rd.Close()
 		return hashReader(rd, it.Size)
-	})
+	}}
 }
 
 // remember notes the generation on the source, before any target is told of it: so whatever a target claims to have,
@@ -509,6 +593,25 @@ func (r *run) remember(ctx context.Context) error {
 		return errors.New("internal error: nobody can note the generation on the source")
 	}
 	st := *l.now
+	known := false
+	var err error
+	if l.state != nil && !l.state.sameSelection(l.now) {
+		// What was done there and went nowhere must not be taken for what all have.
+		var sel *selection
+		var d Digest
+		if sel, err = l.state.selection(); err == nil {
+			d, err = r.digest(sel)
+		}
+		if known = d == l.state.Digest; known && err == nil {
+			known, err = r.sourceView().keeps(l.state)
+		}
+	}
+	if err == nil {
+		st.Rest, err = r.rest(r.sourceView(), l.state, nil, known)
+	}
+	if err != nil {
+		return fmt.Errorf("cannot note generation %d on %s: %w", st.Generation, r.src.Name(), err)
+	}
 	st.Source, st.Own, st.Updated = "", "", r.now().Unix()
 	if err := r.opt.Save(ctx, st.Bytes()); err != nil {
 		return fmt.Errorf("cannot note generation %d on %s: %w", st.Generation, r.src.Name(), err)

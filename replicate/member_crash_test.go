@@ -30,10 +30,10 @@ func memberCrash(t *testing.T, g geometry, old, now map[string]string) (c *crash
 // state file speaks of the tree that is there.
 func TestMemberPowerCut(t *testing.T) {
 	old := withFiles(map[string]string{
-		"EFI/Linux/u-1.efi": "MZ one", "loader/entries/1.conf": "title 1\nlinux /" + token + "/1/linux\n", token + "/1/linux": "kernel one",
+		"EFI/Linux/u-1.efi": fixtures.Program("one"), "loader/entries/1.conf": "title 1\nlinux /" + token + "/1/linux\n", token + "/1/linux": "kernel one",
 	})
 	uki := maps.Clone(old)
-	uki["EFI/Linux/u-2.efi"] = "MZ two"
+	uki["EFI/Linux/u-2.efi"] = fixtures.Program("two")
 	type1 := maps.Clone(old)
 	delete(type1, "loader/entries/1.conf")
 	delete(type1, token+"/1/linux")
@@ -102,11 +102,11 @@ func TestMemberPowerCut(t *testing.T) {
 // recovers it, so that the record no longer fits. What then is half a tree must not pass for a change that somebody made.
 func TestForeignWriteInBetween(t *testing.T) {
 	old := withFiles(map[string]string{
-		"EFI/Linux/u-1.efi": "MZ one", "loader/entries/1.conf": "title 1\nlinux /" + token + "/1/linux\n", token + "/1/linux": "kernel one",
+		"EFI/Linux/u-1.efi": fixtures.Program("one"), "loader/entries/1.conf": "title 1\nlinux /" + token + "/1/linux\n", token + "/1/linux": "kernel one",
 	})
 	now := maps.Clone(old)
 	delete(now, "loader/entries/1.conf")
-	now["EFI/Linux/u-2.efi"] = "MZ two"
+	now["EFI/Linux/u-2.efi"] = fixtures.Program("two")
 	now["loader/entries/2.conf"] = "title 2\nlinux /" + token + "/2/linux\n"
 	now[token+"/2/linux"] = "kernel two"
 	g := geometries[0]

@@ -65,6 +65,9 @@ type State struct {
 	Anchors []string `json:"anchors"`
 	Named   []string `json:"named,omitempty"`
 	Exclude []string `json:"exclude,omitempty"`
+	// Rest is what earlier runs selected and the last one did not, as this volume had it then: whether it was changed since
+	// matters when it is selected again.
+	Rest []Part `json:"rest,omitempty"`
 	// Past are the generations before, the newest first.
 	Past []Past `json:"past,omitempty"`
 	// Interim is the digest of the tree between the two transactions of a run that had to make room first; nil when the
@@ -75,6 +78,42 @@ type State struct {
 	Own    string `json:"own_fingerprint,omitempty"`
 	// Updated is when the run ended by the clock of that moment, in seconds since 1970. It is for people and monitoring.
 	Updated int64 `json:"updated"`
+}
+
+// Part is a part of a tree: a selection, less that of the state in which it stands.
+type Part struct {
+	Anchors []string `json:"anchors"`
+	Named   []string `json:"named,omitempty"`
+	Exclude []string `json:"exclude,omitempty"`
+	Digest  Digest   `json:"digest"` // zero: nobody knows
+}
+
+// selection is that of the part; it returns ErrState.
+func (p *Part) selection() (*selection, error) {
+	return (&State{Anchors: p.Anchors, Named: p.Named, Exclude: p.Exclude}).selection()
+}
+
+// maxRest bounds the number of parts that a state remembers.
+const maxRest = 8
+
+// left are the parts of the state and of its rest that a selection does not have. Those in gone are no more.
+func (s *State) left(sel *selection, gone []string) []Part {
+	now := &State{}
+	now.setSelection(sel)
+	var out []Part
+	for _, p := range append([]Part{{Anchors: s.Anchors, Named: s.Named, Exclude: s.Exclude}}, s.Rest...) {
+		same := slices.Equal(p.Exclude, now.Exclude) && !slices.ContainsFunc(p.Named, func(n string) bool { return !sel.byName[n] && !sel.everything() })
+		p.Anchors = slices.DeleteFunc(slices.Clone(p.Anchors), func(a string) bool {
+			return same && (sel.everything() || sel.covers(a)) || slices.Contains(gone, a)
+		})
+		twice := slices.ContainsFunc(out, func(q Part) bool {
+			return slices.Equal(p.Anchors, q.Anchors) && slices.Equal(p.Named, q.Named) && slices.Equal(p.Exclude, q.Exclude)
+		})
+		if len(p.Anchors) > 0 && !twice && len(out) < maxRest {
+			out = append(out, p)
+		}
+	}
+	return out
 }
 
 // Past is an earlier generation.

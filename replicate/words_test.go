@@ -5,6 +5,8 @@ import (
 	"maps"
 	"strings"
 	"testing"
+
+	"espmirror/fixtures"
 )
 
 // wordsSet is a set file in which each member has a text for root.
@@ -25,7 +27,7 @@ func wordsTree(set, root, more string) map[string]string {
 		"loader/esp-sync":        set,
 		"loader/entries/1.conf":  "title one\noptions " + root + " rw quiet" + more + "\n",
 		"loader/entries/no.conf": "title none of the words\n",
-		"EFI/Linux/u.efi":        "MZ " + root, // not a loader entry: stays as it is
+		"EFI/Linux/u.efi":        fixtures.Program(root), // not a loader entry: stays as it is
 	})
 }
 
@@ -43,7 +45,7 @@ func TestWords(t *testing.T) {
 				t.Helper()
 				for i, m := range ms {
 					tree := wordsTree(set, roots[i], more)
-					tree["EFI/Linux/u.efi"] = "MZ " + roots[0]
+					tree["EFI/Linux/u.efi"] = fixtures.Program(roots[0])
 					judge(t, m.dev, 2, tree)
 				}
 			}
