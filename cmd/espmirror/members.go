@@ -832,6 +832,9 @@ func (m *members) inspectOne(t *member) error {
 	if err := m.inv.checkType(t.loc); err != nil {
 		return err
 	}
+	if err := m.sameKind(t); err != nil {
+		return err
+	}
 	// Opening for writing proves that nobody holds the device. A dry run opens for reading: it asks, so as to say the same.
 	by, err := m.inv.system.Holders(t.loc.ID())
 	if err != nil {
@@ -936,6 +939,17 @@ func (m *members) lineageHint(err error, t *member) error {
 		return withHint(err, "%s overwrites what %s has", way(p, t, "--force "), t.name)
 	}
 	return err
+}
+
+// sameKind refuses an XBOOTLDR partition as the copy of an ESP, and the other way round, as a set file with the wrong one
+// of two GUIDs would have it: they go in pairs.
+func (m *members) sameKind(t *member) error {
+	p := m.primary
+	if m.verb == seedVerb || relaxed() || p.loc == nil || p.loc.Part == nil || t.loc.Part == nil || p.loc.Part.Type == t.loc.Part.Type {
+		return nil
+	}
+	return withHint(refusef("it is of type %s, and the primary of type %s", t.loc.Part.TypeName(), p.loc.Part.TypeName()),
+		"name the ESP of the same disk, and its XBOOTLDR partition goes along")
 }
 
 // duplicates refuses targets whose identity another member has too: firmware and Linux could take one for the other.

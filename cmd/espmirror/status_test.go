@@ -198,6 +198,13 @@ func TestBootedXBOOTLDR(t *testing.T) {
 	r.follow(res, 0).want(0)
 	r.run("cat", r.node("sda2"), "a/linux").want(0).has("kernel 2")
 	r.run("sync").want(0)
+	// The wrong one of two GUIDs, by a slip of the editor.
+	set := r.setFile("sda1")
+	r.copyIn("sda1", "loader/esp-sync", strings.Replace(set, guidOf(2), guidOf(22), 1))
+	for _, cmd := range []string{"sync", "sync -n", "verify", "status"} {
+		r.run(strings.Fields(cmd)...).want(exitRefused).has("machine/dev/sdb2: it is of type XBOOTLDR, and the primary of type ESP")
+	}
+	r.copyIn("sda1", "loader/esp-sync", set)
 	// A filesystem there that is not FAT is no concern of the ESPs.
 	r.file("dev/sda2", strings.Repeat("ext4", 512<<10))
 	r.copyIn("sda1", "loader/loader.conf", "timeout 2\n")
