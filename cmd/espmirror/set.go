@@ -6,7 +6,6 @@ import (
 	"path/filepath"
 	"strings"
 
-	"github.com/google/uuid"
 	"github.com/urfave/cli/v2"
 
 	"espmirror/gpt"
@@ -122,8 +121,14 @@ func (r *setReport) notSynced(err error) error {
 
 // isGUID says whether a name is a partition GUID rather than a volume.
 func isGUID(name string) bool {
-	_, err := uuid.Parse(strings.TrimPrefix(name, "PARTUUID="))
-	return err == nil && len(existing([]string{name})) == 0
+	_, ok := partGUID(name)
+	return ok && len(existing([]string{name})) == 0
+}
+
+// partGUID is the GUID that a name is, bare or as PARTUUID=. What stands there for a partition of an MBR is none.
+func partGUID(name string) (string, bool) {
+	guid, err := gpt.ParsePartUUID(name)
+	return guid, err == nil && strings.Count(guid, "-") == 4
 }
 
 // changed works out the new set file.
@@ -146,7 +151,7 @@ func (m *members) changed(rep *setReport, names []string) (*replicate.Set, error
 		for _, name := range names {
 			guid := ""
 			if isGUID(name) {
-				guid = uuid.MustParse(strings.TrimPrefix(name, "PARTUUID=")).String()
+				guid, _ = partGUID(name)
 			} else {
 				t := volumes[0]
 				if volumes = volumes[1:]; t.err != nil {
@@ -201,8 +206,7 @@ func (m *members) changed(rep *setReport, names []string) (*replicate.Set, error
 
 // canBeMember refuses what a set could not find again, and XBOOTLDR partitions, which go with the ESPs of their disks.
 func (m *members) canBeMember(t *member) error {
-	guid := t.guid()
-	if _, err := uuid.Parse(guid); err != nil { // an MBR has no GUIDs either
+	if _, ok := partGUID(t.guid()); !ok {
 		return withHint(refusef("cannot %s %s: it has no partition GUID, by which a replica set knows its members", m.verb, t.name),
 			"a member is a partition of a GPT")
 	}
