@@ -204,10 +204,7 @@ func (r *run) removeFirst(s *side, entries, files []string) error {
 	if err := log.Prepare(rec); err != nil {
 		return err
 	}
-	f := &feed{s: s}
-	for _, nf := range plan.Files {
-		f.own = append(f.own, nf)
-	}
+	f := &feed{s: s, own: plan.Files}
 	tx := plan.Begin()
 	err = inOrder(
 		func() error { return f.writeOwn(tx) },

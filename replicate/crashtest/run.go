@@ -82,7 +82,11 @@ func record(s *Scenario, base fixtures.Base) (*Run, error) {
 	switch {
 	case errors.Is(res.Err, replicate.ErrRefused) || errors.Is(res.Err, fatdriver.ErrNoSpace) || errors.Is(res.Err, fatdriver.ErrNotTarget):
 		if n := len(c.Recording.Ops); n > 0 {
-			return nil, fmt.Errorf("scenario %s: refused after %d operations: %w", s.Name, n, res.Err)
+			// Only recovery may have written: it comes first, and frees what an earlier run seems to have left behind.
+			after, err := c.trees.Read(r.State, 0, false)
+			if err != nil || !res.Recovered.Changed() || c.trees.Digest(after) != c.trees.Digest(first) {
+				return nil, fmt.Errorf("scenario %s: refused after %d operations: %w (%v)", s.Name, n, res.Err, err)
+			}
 		}
 		return nil, fmt.Errorf("%w: %w", ErrRefused, res.Err)
 	case res.Err != nil:
