@@ -922,19 +922,22 @@ func (m *members) lineageHint(err error, t *member) error {
 	way := func(from, to *member, force string) string {
 		return fmt.Sprintf("`espmirror sync %s--primary %s --target %s`", force, quoted(from.name), quoted(to.name))
 	}
-	device, unmounted := p, ""
+	device, unmount := p, ""
 	if p.dir != "" {
-		device, unmounted = &member{}, " (once the primary is not mounted)"
+		device, unmount = &member{}, "unmount "+quoted(p.dir)+" and " // a target must not be mounted
 		if p.loc != nil {
 			device.name = p.loc.String()
 		}
 	}
 	switch {
 	case errors.Is(err, replicate.ErrStaleSource) && device.name != "":
-		return withHint(err, "replicate the other way: %s%s, or boot from %s; --force overwrites it all the same", way(t, device, ""), unmounted, t.name)
+		return withHint(err, "%sreplicate the other way: %s, or boot from %s; --force overwrites it all the same", unmount, way(t, device, ""), t.name)
 	case errors.Is(err, replicate.ErrDiverged) && device.name != "":
-		return withHint(err, "look at both, and name the winner: %s keeps what %s has, %s what %s has%s",
-			way(p, t, "--force "), p.name, way(t, device, "--force "), t.name, unmounted)
+		if unmount != "" {
+			unmount = "(" + strings.TrimSuffix(unmount, " and ") + " first) "
+		}
+		return withHint(err, "look at both, and name the winner: %s keeps what %s has, %s %swhat %s has",
+			way(p, t, "--force "), p.name, way(t, device, "--force "), unmount, t.name)
 	case errors.Is(err, replicate.ErrDiverged):
 		return withHint(err, "%s overwrites what %s has", way(p, t, "--force "), t.name)
 	}

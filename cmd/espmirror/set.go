@@ -300,7 +300,7 @@ func (r *setReport) print(o *output) {
 		o.printf("%s %s (%s)\n", word, c.GUID, safe(c.Name))
 	}
 	if len(r.Changed) == 0 {
-		o.printf("the replica set has them already\n")
+		o.printf("the replica set is as it should be\n")
 	}
 	if r.Sync != nil {
 		r.Sync.print(o)

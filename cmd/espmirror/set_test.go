@@ -263,7 +263,7 @@ func TestAdd(t *testing.T) {
 			t.Errorf("%s has another set file:\n%s", node, r.setFile(node))
 		}
 	}
-	r.run("add", r.node("sdc1")).want(0).has("the replica set has them already")
+	r.run("add", r.node("sdc1")).want(0).has("the replica set is as it should be")
 	r.run("add", "-q", "PARTUUID="+guidOf(3)).want(0).silent()
 	doc = r.run("add", "--json=short", r.node("sdc1")).want(0).json("set")
 	if doc["written"] != false || len(doc["changed"].([]any)) != 0 {

@@ -311,14 +311,14 @@ func TestMountedMember(t *testing.T) {
 
 	// The other one went on while this one was not booted. No hint names what cannot be a target.
 	r.copyIn("sdb1", "loader/loader.conf", "timeout 8\n")
-	res := r.run("sync").want(exitRefused).has("--primary machine/dev/sdb1 --target machine/dev/sda1` (once the primary is not mounted), or boot from machine/dev/sdb1")
+	res := r.run("sync").want(exitRefused).has("hint: unmount efi and replicate the other way: `espmirror sync --primary machine/dev/sdb1 --target machine/dev/sda1`, or boot from machine/dev/sdb1")
 	if strings.Contains(res.stderr, "--target efi") {
 		t.Error(res.stderr)
 	}
 	if err := os.WriteFile("efi/loader/loader.conf", []byte("timeout 9\n"), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	res = r.run("sync").want(exitRefused).has("have diverged", "(once the primary is not mounted)")
+	res = r.run("sync").want(exitRefused).has("have diverged", "(unmount efi first)")
 	r.follow(res, 0).want(0)
 	r.run("cat", r.node("sdb1"), "loader/loader.conf").want(0).has("timeout 9")
 }
