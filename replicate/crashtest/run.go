@@ -28,9 +28,17 @@ type Run struct {
 	lost    map[uint32]bool // clusters that were lost before
 	dirty   [2]bool
 	layout  *fixtures.Tree
+	said    []said   // what the target says of itself, by epoch
+	told    string   // the state file of a member after the run, "" of no member
 	early   []string // what the run deletes first, to make room
 	between int      // the tree after that; 0 when the run is one transaction
 	stale   bool     // there is something behind the end of a directory that Linux would see
+}
+
+// said is what a member's target remembers while a reader sees a tree.
+type said struct {
+	tree int
+	text string
 }
 
 // reach is what a reader can reach when an epoch begins or ends.
@@ -102,6 +110,16 @@ func record(s *Scenario, base fixtures.Base) (*Run, error) {
 	if err != nil {
 		return nil, fmt.Errorf("scenario %s: after the run: %w", s.Name, err)
 	}
+	if s.Member {
+		if c.told = memory(last); c.told == "" || c.told == memory(first) {
+			return nil, fmt.Errorf("scenario %s: the target remembers nothing of the run", s.Name)
+		}
+		for n, m := range c.said {
+			if m.text == c.told && m.tree != c.Trees-1 {
+				return nil, fmt.Errorf("scenario %s: at barrier %d, tree %d of %d says that it is the new one", s.Name, n, m.tree, c.Trees-1)
+			}
+		}
+	}
 	if err := c.wanted(first, last); err != nil {
 		return nil, fmt.Errorf("scenario %s: after the run: %w", s.Name, err)
 	}
@@ -129,6 +147,7 @@ func (c *Run) barriers() error {
 			return fmt.Errorf("at barrier %d: tree %d came back", n, k)
 		}
 		last = k
+		c.said = append(c.said, said{k, memory(tree)})
 		if len(c.early) > 0 && c.between == 0 && !slices.ContainsFunc(c.early, func(p string) bool { return tree.Get(p) != nil }) {
 			c.between = k
 		}
@@ -251,6 +270,19 @@ func (c *Run) ends(k, before int) bool {
 	return k == c.Trees-1 || c.between > 0 && k == c.between && before <= k
 }
 
+// memory is what a target remembers of the runs of its replica set; "" when there is nothing.
+func memory(tree *fixtures.Tree) string {
+	e := tree.Get(replicate.StatePath)
+	if e == nil || e.Dir {
+		return ""
+	}
+	b, err := tree.Read(e)
+	if err != nil {
+		return "" // a reader of it takes it for lost
+	}
+	return string(b)
+}
+
 // copies numbers the FAT copies.
 func (c *Run) copies() []int { return []int{0, 1}[:c.g.FATs] }
 
@@ -278,6 +310,10 @@ func (c *Run) clean(dev blockdev.Device, before int, guess, wrote bool) error {
 		}
 		if n > 0 {
 			continue // equal to copy 0, as is tested below
+		}
+		// A target that claims a generation that it has not got would be taken for newer than it is.
+		if c.told != "" && k != c.Trees-1 && memory(tree) == c.told {
+			return fmt.Errorf("after recovery, tree %d of %d says that it is the new one", k, c.Trees-1)
 		}
 		a, err := tree.Audit()
 		if err != nil {

@@ -270,6 +270,10 @@ var Table = []Mutant{
 	{Name: "digest without old directories", Breaks: "rolling forward does not look at what it replaces", First: "kernel", Patches: []Patch{
 		{planGo, "if len(p.Blocks) > 1 {", "len(p.Blocks) > 1", `len(p.Blocks) > 1 && !mutant("digest without old directories")`}}},
 
+	{Name: "generation before the tree", Breaks: "a member's target remembers the run before its tree is the new one", First: "a member", Patches: []Patch{
+		{stepsGo, "return s.tree.NewPlan(append(steps, anchors(note)), r.opt.KeepFree)", "append(steps, anchors(note))",
+			"func() []fatdriver.Step {\nif mutant(\"generation before the tree\") {\nreturn append([]fatdriver.Step{anchors(note)}, steps...)\n}\nreturn append(steps, anchors(note))\n}()"}}},
+
 	// Room for what is new.
 	{Name: "files go before their entries", Breaks: "what makes room takes away kernels first, and then the entries that name them", First: "makes room", Patches: []Patch{
 		{stageGo, "for _, list := range [][]string{entries, files} {", "for _,", "if mutant(\"files go before their entries\") {\nentries, files = files, entries\n}\nfor _,"}}},
