@@ -40,6 +40,7 @@ type members struct {
 	set     *replicate.Set   // the primary's replica set file, nil when it has none
 	bySet   bool             // the targets are those of the set, not of the command line
 	booted  bool             // nobody named the primary: it is what the machine was started from
+	waited  time.Duration    // for disks, so far
 	scanned *fatdriver.Tree  // the volume of a primary that is read through its mount point
 	boot    *members         // the XBOOTLDR partitions on the same disks, nil when the primary's disk has none
 	esp     *members         // of XBOOTLDR partitions, the ESPs that they belong to
@@ -151,8 +152,8 @@ func (inv *invocation) newMembers(verb string) (*members, error) {
 	return inv.newMembersOf(verb, names, len(names) == 0)
 }
 
-// newMembersOf finds the primary and the targets with the given names. Nothing is open when there is an error. bySet adds the members of the replica set that
-// are not among them.
+// newMembersOf finds the primary and the targets with the given names. bySet adds the members of the replica set that
+// are not among them. With an error, nothing is open, and the members are what was found so far.
 func (inv *invocation) newMembersOf(verb string, names []string, bySet bool) (*members, error) {
 	name, booted, err := inv.primaryName()
 	if err != nil {
@@ -210,7 +211,9 @@ func (m *members) find(among []string) error {
 func (m *members) findTargets(targets []*member, among []string) {
 	for _, t := range targets {
 		loc, err := m.inv.findTarget(t.name, among)
-		if guid, ok := strings.CutPrefix(t.name, "PARTUUID="); ok && m.bySet && errors.As(err, new(missing)) {
+		guid, ok := strings.CutPrefix(t.name, "PARTUUID=")
+		// Who has not seen all disks does not know that it is gone.
+		if ok && m.bySet && errors.As(err, new(missing)) && !strings.Contains(err.Error(), "not everything could be searched") {
 			err = withHint(err, "connect its disk; if it is gone for good, take it out of the set with `espmirror remove %s`", guid)
 		}
 		if t.err = nil; err != nil {
@@ -227,7 +230,7 @@ func (m *members) wait(among []string) error {
 	if err != nil {
 		return err
 	}
-	if !given && m.bySet && m.verb == "sync" && m.set != nil {
+	if !given && m.bySet && m.verb == "sync" && !m.dry && m.set != nil {
 		limit, _ = m.set.Timeout()
 	}
 	var late []*member
@@ -245,11 +248,14 @@ func (m *members) wait(among []string) error {
 	return nil
 }
 
-// waitFor waits until members that are named by PARTUUID are there, and no longer than limit.
+// waitFor waits until members that are named by PARTUUID are there, and no longer than limit, all waits of a run together.
 func (m *members) waitFor(limit time.Duration, late ...*member) error {
-	if limit <= 0 || len(late) == 0 {
+	left := limit - m.waited
+	if left <= 0 || len(late) == 0 {
 		return nil
 	}
+	start := time.Now()
+	defer func() { m.waited += time.Since(start) }()
 	guids := make([]string, len(late))
 	for i, t := range late {
 		guids[i] = strings.TrimPrefix(t.name, "PARTUUID=")
@@ -257,7 +263,7 @@ func (m *members) waitFor(limit time.Duration, late ...*member) error {
 	w := gpt.Waiter{System: m.inv.system, Tell: func(missing []string) {
 		m.inv.log.Info("waiting for "+partUUIDs(missing), "timeout", limit.String())
 	}}
-	_, err := w.Wait(m.inv.ctx, guids, limit)
+	_, err := w.Wait(m.inv.ctx, guids, left)
 	if err != nil && m.inv.ctx.Err() == nil {
 		m.inv.log.Warn("cannot wait for disks", "err", err)
 		return nil
@@ -415,7 +421,7 @@ func (m *members) findPairs() error {
 			x.err = fmt.Errorf("cannot %s the XBOOTLDR partition beside %s: %w", m.verb, t.name, err)
 		} else if x.loc == nil {
 			x.err = withHint(missing{fmt.Errorf("cannot %s an XBOOTLDR partition beside %s: there is none on its disk, and %s has one", m.verb, t.name, p.name)},
-				"make one there; boot entries of the primary's are missing when that disk is booted")
+				"make one there: when that disk is booted, the entries that are on the primary's are missing")
 		} else {
 			x.name = x.loc.String()
 		}
@@ -637,11 +643,13 @@ func (m *members) recoverPrimary() error {
 		}
 		return recoverHint(replicate.ErrNeedsRecovery, p.name)
 	}
-	locks, err := m.inv.system.LockDisks(m.inv.ctx, lockWait, p.loc.ID())
-	if err != nil {
-		return err
+	if m.locks == nil {
+		locks, err := m.inv.system.LockDisks(m.inv.ctx, lockWait, p.loc.ID())
+		if err != nil {
+			return err
+		}
+		defer locks.Release()
 	}
-	defer locks.Release()
 	m.inv.log.Info("an earlier run on the primary was interrupted, and is finished first", "primary", p.name)
 	_ = p.vol.Close()
 	p.vol = nil
@@ -668,6 +676,81 @@ func (m *members) withPrimary(f func(*replicate.Target) error) error {
 		err = cerr
 	}
 	return err
+}
+
+// readOnly says why the primary cannot be written to, as far as that shows without opening it; nil when it can.
+func (m *members) readOnly() error {
+	p := m.primary
+	path := p.dir
+	if path == "" {
+		if id := p.loc.ID(); id.Block {
+			b, err := m.inv.system.BlockByNum(id.Dev)
+			if err == nil && b.ReadOnly {
+				return blockdev.ErrReadOnly
+			}
+			return nil
+		}
+		path = p.loc.Path
+	}
+	err := unix.Access(path, unix.W_OK)
+	switch {
+	case errors.Is(err, unix.EROFS) && p.dir != "":
+		return withHint(blockdev.ErrReadOnly, "mount it for writing: mount -o remount,rw %s", quoted(p.dir))
+	case errors.Is(err, unix.EROFS), errors.Is(err, unix.EACCES):
+		return blockdev.ErrReadOnly
+	}
+	return nil
+}
+
+// canNote refuses a run that would have to note its generation on a primary that cannot be written to, before anything is
+// written to a target. Where all targets are in sync there is nothing to note.
+func (m *members) canNote(o replicate.Options) error {
+	for _, x := range m.volumes() {
+		if !x.isMember() {
+			continue
+		}
+		cause := x.readOnly()
+		if cause == nil {
+			continue
+		}
+		o.DryRun, o.Log = true, m.inv.engineLog(true)
+		results, err := m.run(blockdev.ReadOnly, o, m.inv.engine.sync)
+		if err != nil {
+			return err
+		}
+		for _, rs := range results {
+			for i := range rs {
+				if l := rs[i].Lineage; rs[i].Outcome == replicate.Differs || l != nil && l.Base != l.Source {
+					return refusal{fmt.Errorf("cannot note the generation on primary %s: %w", x.primary.name, cause)}
+				}
+			}
+		}
+		for _, y := range m.volumes() {
+			if err := y.reopen(); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	return nil
+}
+
+// reopen makes the targets as they were before they were given to package replicate for reading.
+func (m *members) reopen() error {
+	for _, t := range m.targets {
+		if t.place = 0; t.open == nil {
+			continue
+		}
+		err := t.open.Close()
+		t.open = nil
+		if err == nil {
+			t.vol, err = m.inv.openLocation(t.name, t.loc)
+		}
+		if err != nil {
+			return fmt.Errorf("cannot %s %s: %w", m.verb, t.name, err)
+		}
+	}
+	return nil
 }
 
 // save writes the state of the replica set on the primary, through the mount point when it is mounted.
@@ -753,6 +836,9 @@ func (m *members) inspectOne(t *member) error {
 	if err := m.inv.checkType(t.loc); err != nil {
 		return err
 	}
+	if err := m.sameKind(t); err != nil {
+		return err
+	}
 	// Opening for writing proves that nobody holds the device. A dry run opens for reading: it asks, so as to say the same.
 	by, err := m.inv.system.Holders(t.loc.ID())
 	if err != nil {
@@ -806,7 +892,7 @@ type setDifference struct {
 // compareSets compares the set file of a target with the primary's, and tells of members that were taken out behind its
 // back: who boots from there goes by what it says.
 func (m *members) compareSets(t *member) {
-	if m.set == nil || t.set == nil || string(m.set.Bytes()) == string(t.set.Bytes()) {
+	if m.verb == "add" || m.set == nil || t.set == nil || string(m.set.Bytes()) == string(t.set.Bytes()) {
 		return
 	}
 	others := func(s, than *replicate.Set) []string {
@@ -840,23 +926,37 @@ func (m *members) lineageHint(err error, t *member) error {
 	way := func(from, to *member, force string) string {
 		return fmt.Sprintf("`espmirror sync %s--primary %s --target %s`", force, quoted(from.name), quoted(to.name))
 	}
-	device, unmounted := p, ""
+	device, unmount := p, ""
 	if p.dir != "" {
-		device, unmounted = &member{}, " (once the primary is not mounted)"
+		device, unmount = &member{}, "unmount "+quoted(p.dir)+" and " // a target must not be mounted
 		if p.loc != nil {
 			device.name = p.loc.String()
 		}
 	}
 	switch {
 	case errors.Is(err, replicate.ErrStaleSource) && device.name != "":
-		return withHint(err, "replicate the other way: %s%s, or boot from %s; --force overwrites it all the same", way(t, device, ""), unmounted, t.name)
+		return withHint(err, "%sreplicate the other way: %s, or boot from %s; --force overwrites it all the same", unmount, way(t, device, ""), t.name)
 	case errors.Is(err, replicate.ErrDiverged) && device.name != "":
-		return withHint(err, "look at both, and name the winner: %s keeps what %s has, %s what %s has%s",
-			way(p, t, "--force "), p.name, way(t, device, "--force "), t.name, unmounted)
+		if unmount != "" {
+			unmount = "(" + strings.TrimSuffix(unmount, " and ") + " first) "
+		}
+		return withHint(err, "look at both, and name the winner: %s keeps what %s has, %s %swhat %s has",
+			way(p, t, "--force "), p.name, way(t, device, "--force "), unmount, t.name)
 	case errors.Is(err, replicate.ErrDiverged):
 		return withHint(err, "%s overwrites what %s has", way(p, t, "--force "), t.name)
 	}
 	return err
+}
+
+// sameKind refuses an XBOOTLDR partition as the copy of an ESP, and the other way round, as a set file with the wrong one
+// of two GUIDs would have it: they go in pairs.
+func (m *members) sameKind(t *member) error {
+	p := m.primary
+	if m.verb == seedVerb || relaxed() || p.loc == nil || p.loc.Part == nil || t.loc.Part == nil || p.loc.Part.Type == t.loc.Part.Type {
+		return nil
+	}
+	return withHint(refusef("it is of type %s, and the primary of type %s", t.loc.Part.TypeName(), p.loc.Part.TypeName()),
+		"name the ESP of the same disk, and its XBOOTLDR partition goes along")
 }
 
 // duplicates refuses targets whose identity another member has too: firmware and Linux could take one for the other.

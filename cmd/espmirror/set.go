@@ -6,7 +6,6 @@ import (
 	"path/filepath"
 	"strings"
 
-	"github.com/google/uuid"
 	"github.com/urfave/cli/v2"
 
 	"espmirror/gpt"
@@ -42,9 +41,9 @@ func (inv *invocation) removeCommand() *cli.Command {
 
 func (inv *invocation) setCommandFlags() []cli.Flag {
 	return []cli.Flag{
-		setFlags()[0],
+		&cli.GenericFlag{Name: "primary", Value: &once{}, Usage: "change the replica set of this `VOLUME` or mount point (default: $SYSTEMD_ESP_PATH, else the ESP that was booted)"},
 		&cli.BoolFlag{Name: "dry-run", Aliases: []string{"n"}, Usage: "say what would be done, and write nothing", DisableDefaultText: true},
-		&cli.BoolFlag{Name: "no-sync", Usage: "change the primary's file alone; the next `sync` brings it to the others", DisableDefaultText: true},
+		&cli.BoolFlag{Name: "no-sync", Usage: "change the primary's file alone; the next sync brings it to the others", DisableDefaultText: true},
 		noProgressFlag(),
 	}
 }
@@ -64,6 +63,12 @@ func (inv *invocation) changeSet(verb string) (report, error) {
 		return nil, err
 	}
 	defer m.close()
+	if !rep.DryRun {
+		// Before the file is read, or another one who changes it at the same time would be undone.
+		if err := m.lockDisks(m.primaryDisk()...); err != nil {
+			return nil, err
+		}
+	}
 	if _, err := m.source(); err != nil {
 		return nil, err
 	}
@@ -74,9 +79,6 @@ func (inv *invocation) changeSet(verb string) (report, error) {
 	rep.Primary, rep.Members = m.primary.name, set.Members()
 	rep.Written = !rep.DryRun && (m.set == nil || string(m.set.Bytes()) != string(set.Bytes()))
 	if rep.Written {
-		if err := m.lockDisks(m.primaryDisk()...); err != nil {
-			return nil, err
-		}
 		if err := m.put(inv.ctx, replicate.File{Path: replicate.SetPath, Content: set.Bytes()}); err != nil {
 			return nil, fmt.Errorf("cannot write %s on %s: %w", replicate.SetPath, m.primary.name, err)
 		}
@@ -119,8 +121,14 @@ func (r *setReport) notSynced(err error) error {
 
 // isGUID says whether a name is a partition GUID rather than a volume.
 func isGUID(name string) bool {
-	_, err := uuid.Parse(strings.TrimPrefix(name, "PARTUUID="))
-	return err == nil && len(existing([]string{name})) == 0
+	_, ok := partGUID(name)
+	return ok && len(existing([]string{name})) == 0
+}
+
+// partGUID is the GUID that a name is, bare or as PARTUUID=. What stands there for a partition of an MBR is none.
+func partGUID(name string) (string, bool) {
+	guid, err := gpt.ParsePartUUID(name)
+	return guid, err == nil && strings.Count(guid, "-") == 4
 }
 
 // changed works out the new set file.
@@ -143,7 +151,7 @@ func (m *members) changed(rep *setReport, names []string) (*replicate.Set, error
 		for _, name := range names {
 			guid := ""
 			if isGUID(name) {
-				guid = uuid.MustParse(strings.TrimPrefix(name, "PARTUUID=")).String()
+				guid, _ = partGUID(name)
 			} else {
 				t := volumes[0]
 				if volumes = volumes[1:]; t.err != nil {
@@ -198,8 +206,7 @@ func (m *members) changed(rep *setReport, names []string) (*replicate.Set, error
 
 // canBeMember refuses what a set could not find again, and XBOOTLDR partitions, which go with the ESPs of their disks.
 func (m *members) canBeMember(t *member) error {
-	guid := t.guid()
-	if _, err := uuid.Parse(guid); err != nil { // an MBR has no GUIDs either
+	if _, ok := partGUID(t.guid()); !ok {
 		return withHint(refusef("cannot %s %s: it has no partition GUID, by which a replica set knows its members", m.verb, t.name),
 			"a member is a partition of a GPT")
 	}
@@ -293,7 +300,7 @@ func (r *setReport) print(o *output) {
 		o.printf("%s %s (%s)\n", word, c.GUID, safe(c.Name))
 	}
 	if len(r.Changed) == 0 {
-		o.printf("the replica set has them already\n")
+		o.printf("the replica set is as it should be\n")
 	}
 	if r.Sync != nil {
 		r.Sync.print(o)

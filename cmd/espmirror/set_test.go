@@ -263,7 +263,7 @@ func TestAdd(t *testing.T) {
 			t.Errorf("%s has another set file:\n%s", node, r.setFile(node))
 		}
 	}
-	r.run("add", r.node("sdc1")).want(0).has("the replica set has them already")
+	r.run("add", r.node("sdc1")).want(0).has("the replica set is as it should be")
 	r.run("add", "-q", "PARTUUID="+guidOf(3)).want(0).silent()
 	doc = r.run("add", "--json=short", r.node("sdc1")).want(0).json("set")
 	if doc["written"] != false || len(doc["changed"].([]any)) != 0 {
@@ -299,7 +299,7 @@ func TestAddRefuses(t *testing.T) {
 		{own, exitRefused, "it is the primary"},
 		{r.node("sdd1"), exitRefused, "the same FAT serial number 1000-0002 as member machine/dev/sdb1"},
 		{r.node("sde1"), exitRefused, "is not an EFI system partition"},
-		{r.node("sdf2"), exitRefused, "it is an XBOOTLDR partition"},
+		{r.node("sdf2"), exitRefused, "it is of type XBOOTLDR, and the primary of type ESP"},
 		{"bare.img", exitRefused, "it has no partition GUID"},
 		{"twin.img@@p1", exitRefused, "the same partition GUID " + guidOf(2) + " as member machine/dev/sdb1"},
 		{"dir", exitRefused, "it is a directory"},
@@ -407,6 +407,12 @@ func TestSyncBySet(t *testing.T) {
 	r.run("sync").want(0).golden("set-sync-in-sync")
 	r.run("verify").want(0)
 
+	// A copy of the disk that was booted is not taken for it.
+	clone := esp(1, emptyTree)
+	clone.Volume.Serial = 77
+	makeFixture(t, fixtures.DiskSpec{Size: 5 << 20, GUID: guidOf(90), Parts: []fixtures.PartSpec{clone}}, "clone.img")
+	r.run("sync", "--target", "clone.img").want(exitRefused).has("the same partition GUID " + guidOf(1) + " as machine/dev/sda1")
+
 	// The firmware's word.
 	r.bootCurrent(guidOf(2))
 	r.run("sync", "-v").want(0).has("BootCurrent", "machine/dev/sda1", "machine/dev/sdc1")
@@ -444,6 +450,16 @@ func TestSyncBySet(t *testing.T) {
 	time.AfterFunc(200*time.Millisecond, func() { r.plug("sda") })
 	r.do("sync", "--timeout=1min").want(0).has("waiting for PARTUUID=" + guidOf(1))
 	r.run("sync", "--timeout=soon").want(exitUsage)
+	// The time is that of all waits together.
+	r.pull("sda")
+	r.pull("sdb")
+	start = time.Now()
+	time.AfterFunc(700*time.Millisecond, func() { r.plug("sda") })
+	r.do("sync", "--timeout=2s").want(exitPartial).has("waiting for PARTUUID="+guidOf(1), "waiting for PARTUUID="+guidOf(2))
+	if took := time.Since(start); took > 2600*time.Millisecond {
+		t.Errorf("it waited for %v in all", took)
+	}
+	r.plug("sdb")
 	r.run("sync", "--timeout=soon", "--target", r.node("sdb1")).want(exitUsage)
 
 	// The set says how long to wait. Who only looks does not.
@@ -483,9 +499,11 @@ func TestSetErrors(t *testing.T) {
 	// What the set leaves out stays out, whatever the command line adds.
 	r.copyIn("sda1", "loader/esp-sync", good+"exclude EFI/Linux\n")
 	r.copyIn("sdb1", "EFI/Linux/own.efi", fixtures.Program("own"))
-	res := r.run("sync", "-n", "--exclude", "nothing")
-	if strings.Contains(res.stdout, "own.efi") {
-		t.Error(res.stdout)
+	r.run("verify").want(exitDiffers).has("loader/esp-sync")
+	for _, args := range [][]string{{"--exclude", "nothing"}, {"--select", "EFI"}} {
+		if res := r.run(append([]string{"verify"}, args...)...); strings.Contains(res.stdout, "own.efi") {
+			t.Error(res.stdout)
+		}
 	}
 }
 
@@ -534,6 +552,46 @@ func TestNewerAndDiverged(t *testing.T) {
 		}
 		r.do("sync").want(0)
 	}
+}
+
+// TestTwoOnOneDisk: two targets in one image are not a pair, and one that is refused does not keep the other back.
+func TestTwoOnOneDisk(t *testing.T) {
+	b := newBench(t)
+	makeFixture(t, *esp(1, bootTree).Volume, "a.img")
+	full := esp(3, fixtures.TreeSpec{"full": {Size: 2000 << 10}})
+	full.Off = 4 << 20
+	makeFixture(t, fixtures.DiskSpec{Size: 8 << 20, GUID: guidOf(90), Parts: []fixtures.PartSpec{esp(2, emptyTree), full}}, "two.img")
+	b.writes = true
+	b.run("sync", "--primary", "a.img", "--target", "two.img@@p1", "--target", "two.img@@p2").want(exitPartial).has("two.img@@p1  synced", "not enough room")
+}
+
+// TestAddOfAnotherSet: a volume that has a history of its own is not overwritten by being added. The hint says how it is.
+func TestAddOfAnotherSet(t *testing.T) {
+	r := newRig(t)
+	r.set(2)
+	r.disk("sdc", esp(3, bootTree))
+	r.disk("sdd", esp(4, emptyTree))
+	r.boot(guidOf(3))
+	r.do("add", "-q", r.node("sdd1")).want(0)
+	r.copyIn("sdd1", "loader/loader.conf", "timeout 4\n")
+	r.boot(guidOf(1))
+	res := r.do("add", r.node("sdd1")).want(exitPartial).has("added "+guidOf(4), "they belong to different replica sets")
+	r.run("cat", r.node("sdd1"), "loader/loader.conf").want(0).has("timeout 4")
+	r.run("sync").want(exitRefused)
+	r.follow(res, 0).want(0)
+	r.run("sync").want(0)
+	r.run("status").want(0)
+}
+
+// TestPrimaryHeld: the set is not changed while somebody else writes to the primary.
+func TestPrimaryHeld(t *testing.T) {
+	r := newRig(t)
+	r.set(2)
+	r.disk("sdc", esp(3, emptyTree))
+	release := r.hold("sda1")
+	r.run("add", r.node("sdc1")).want(exitFailed).has("locked by another program")
+	release()
+	r.do("add", r.node("sdc1")).want(0)
 }
 
 // opens watches a directory, and returns a function that tells which files have been opened since the last call.

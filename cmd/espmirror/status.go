@@ -47,7 +47,11 @@ func (inv *invocation) status() (report, error) {
 		defer m.close()
 		return inv.statusOfSet(rep, m)
 	case errors.As(err, &broken):
-		return inv.statusWithout(rep, m, err), err
+		rep := inv.statusWithout(rep, m, err)
+		if hintOf(err) == "" && m.primary.loc == nil {
+			err = withHint(err, "`espmirror list` shows what is there")
+		}
+		return rep, err
 	case !errors.As(err, &noSet):
 		return nil, err
 	}
@@ -275,7 +279,10 @@ func behind(l *replicate.Lineage) string {
 
 // syncCommand is what brings a target up to date.
 func (m *members) syncCommand(t *member) string {
-	if m.bySet && m.inv.text("primary") == "" {
+	if m.bySet {
+		if p := m.inv.text("primary"); p != "" {
+			return "espmirror sync --primary " + quoted(p)
+		}
 		return "espmirror sync"
 	}
 	if t.esp != nil {
@@ -372,14 +379,11 @@ func (r *statusReport) print(o *output) {
 			state += ", mounted on " + v.Directory
 		}
 		word, _, _ := strings.Cut(state, ",")
-		role, name := v.Role, cell{text: v.Name}
+		role := v.Role
 		if v.PartType == "XBOOTLDR" && role != "" {
 			role = "XBOOTLDR" // it goes with the ESP of its disk
 		}
-		if guid, ok := strings.CutPrefix(v.Name, "PARTUUID="); ok && len(guid) > 8 {
-			name.short = "PARTUUID=" + guid[:8] + "…" // the error below has all of it
-		}
-		row := []cell{{text: role}, name, {text: v.PartGUID}, {text: v.Serial}, {text: v.Label},
+		row := []cell{{text: role}, nameCell(v.Name), {text: v.PartGUID}, {text: v.Serial}, {text: v.Label},
 			{text: v.FATType}, {text: free, right: true}}
 		if inSet {
 			gen := ""

@@ -116,6 +116,9 @@ func (inv *invocation) replicate(m *members, o replicate.Options, run engineRun,
 		if err := m.lock(); err != nil {
 			return nil, err
 		}
+		if err := m.canNote(o); err != nil {
+			return nil, err
+		}
 	}
 	source := m.src.Name()
 	results, err := m.run(mode, o, run)
@@ -275,7 +278,7 @@ func (r *runReport) print(o *output) {
 			if x.Summary != nil {
 				n = fmt.Sprint(len(x.Summary.Changes))
 			}
-			t.row(cell{text: x.Name}, cell{text: x.Outcome, tint: outcomeTint(x.Outcome)}, cell{text: n, right: true})
+			t.row(nameCell(x.Name), cell{text: x.Outcome, tint: outcomeTint(x.Outcome)}, cell{text: n, right: true})
 		}
 		t.print(o)
 		return
@@ -292,7 +295,7 @@ func (r *runReport) print(o *output) {
 		if x.Recovered != nil && x.Recovered.Action != "nothing to do" {
 			recovery = x.Recovered.Action
 		}
-		t.row(cell{text: x.Name}, cell{text: x.Outcome, tint: outcomeTint(x.Outcome)}, cell{text: changes, right: true},
+		t.row(nameCell(x.Name), cell{text: x.Outcome, tint: outcomeTint(x.Outcome)}, cell{text: changes, right: true},
 			cell{text: written, right: true}, cell{text: free, right: true}, cell{text: recovery})
 	}
 	t.print(o)

@@ -132,6 +132,15 @@ type cell struct {
 	right bool // numbers stand at the right
 }
 
+// nameCell is the name of a volume. Of a partition that is not there the errors below the table have all of the GUID.
+func nameCell(name string) cell {
+	c := cell{text: name}
+	if guid, ok := strings.CutPrefix(name, "PARTUUID="); ok && len(guid) > 8 {
+		c.short = "PARTUUID=" + guid[:8] + "…"
+	}
+	return c
+}
+
 // table is a list with a legend line. Text is made safe and widths are counted in characters, colours left out, which
 // is what text/tabwriter cannot do.
 type table struct {

@@ -105,3 +105,11 @@ func TestLog(t *testing.T) {
 		t.Error("loud is a level")
 	}
 }
+
+func TestQuoted(t *testing.T) {
+	for in, want := range map[string]string{"/dev/sda1": "/dev/sda1", "disk.img@@p1": "disk.img@@p1", "it's": `'it'\''s'`, "a b": "'a b'", "$x": "'$x'", "": "''"} {
+		if got := quoted(in); got != want {
+			t.Errorf("%q: %s, want %s", in, got, want)
+		}
+	}
+}

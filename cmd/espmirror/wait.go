@@ -64,6 +64,9 @@ func (inv *invocation) wait() (report, error) {
 	return inv.waitFor(names, timeout)
 }
 
+// lookedOnce is more time than it takes to find a primary that is there.
+const lookedOnce = 500 * time.Millisecond
+
 // waitForSet waits for the members of the primary's replica set. The primary has its share of the time when it is not
 // there itself.
 func (inv *invocation) waitForSet(timeout time.Duration, given bool) (report, error) {
@@ -95,7 +98,11 @@ func (inv *invocation) waitForSet(timeout time.Duration, given bool) (report, er
 	}
 	members := m.set.Members()
 	m.close()
-	return inv.waitFor(members, max(timeout-time.Since(start), 0))
+	left := timeout
+	if took := time.Since(start); took > lookedOnce {
+		left = max((timeout - took).Round(100*time.Millisecond), 0)
+	}
+	return inv.waitFor(members, left)
 }
 
 // waitFor waits for the partitions with the given PARTUUIDs. The report is there with every error.
