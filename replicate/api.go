@@ -93,6 +93,8 @@ type Options struct {
 	Member     bool
 	SourceGUID string                                        // the source's partition GUID, lower case; "" when it has none
 	Save       func(ctx context.Context, state []byte) error // writes StatePath on the source
+	// Try says whether Save would work, before the first write to any target, and in a dry run; it may be nil.
+	Try func(ctx context.Context, state []byte) error
 	// Set is the replica set file to go by; nil: the one that the source holds, if it does.
 	Set *Set
 	// SourceTree is the volume of a source that is read through its mount point, scanned after a sync(2) of it and before

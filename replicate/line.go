@@ -577,12 +577,17 @@ func (r *run) view(s *side) view {
 // remember notes the generation on the source, before any target is told of it: so whatever a target claims to have,
 // the source knows too.
 func (r *run) remember(ctx context.Context) error {
-	l := r.line
-	if l == nil || !l.save || len(r.alive()) == 0 {
-		return nil
-	}
-	if r.opt.Save == nil {
+	if r.line != nil && r.line.save && r.opt.Save == nil {
 		return errors.New("internal error: nobody can note the generation on the source")
+	}
+	return r.note(ctx, r.opt.Save)
+}
+
+// note gives the source's state to a function that writes it, or tries to, where there is something to note.
+func (r *run) note(ctx context.Context, save func(context.Context, []byte) error) error {
+	l := r.line
+	if l == nil || !l.save || save == nil || len(r.alive()) == 0 {
+		return nil
 	}
 	st := *l.now
 	known := false
@@ -605,7 +610,7 @@ func (r *run) remember(ctx context.Context) error {
 		return fmt.Errorf("cannot note generation %d on %s: %w", st.Generation, r.src.Name(), err)
 	}
 	st.Source, st.Own, st.Updated = "", "", r.now().Unix()
-	if err := r.opt.Save(ctx, st.Bytes()); err != nil {
+	if err := save(ctx, st.Bytes()); err != nil {
 		return fmt.Errorf("cannot note generation %d on %s: %w", st.Generation, r.src.Name(), err)
 	}
 	return nil

@@ -133,9 +133,18 @@ func SyncAll(ctx context.Context, jobs []Job) ([][]Result, error) {
 		if err != nil {
 			return stop(err)
 		}
-		each(r.sides, r.plan)
 	}
 	crossed(runs)
+	together(runs)
+	for _, r := range runs {
+		// Before the first write to any target, which may be that of a journal in the plan.
+		if err := r.note(ctx, r.opt.Try); err != nil {
+			return stop(err)
+		}
+	}
+	for _, r := range runs {
+		each(r.sides, r.plan)
+	}
 	together(runs)
 	for _, r := range runs {
 		if r.opt.DryRun {

@@ -702,55 +702,20 @@ func (m *members) readOnly() error {
 	return nil
 }
 
-// canNote refuses a run that would have to note its generation on a primary that cannot be written to, before anything is
-// written to a target. Where all targets are in sync there is nothing to note.
-func (m *members) canNote(o replicate.Options) error {
-	for _, x := range m.volumes() {
-		if !x.isMember() {
-			continue
-		}
-		cause := x.readOnly()
-		if cause == nil {
-			continue
-		}
-		o.DryRun, o.Log = true, m.inv.engineLog(true)
-		results, err := m.run(blockdev.ReadOnly, o, m.inv.engine.sync)
-		if err != nil {
-			return err
-		}
-		for _, rs := range results {
-			for i := range rs {
-				if l := rs[i].Lineage; rs[i].Outcome == replicate.Differs || l != nil && l.Base != l.Source {
-					return refusal{fmt.Errorf("cannot note the generation on primary %s: %w", x.primary.name, cause)}
-				}
-			}
-		}
-		for _, y := range m.volumes() {
-			if err := y.reopen(); err != nil {
-				return err
-			}
-		}
+// try says whether the state can be written on the primary, before anything is written to a target.
+func (m *members) try(ctx context.Context, state []byte) error {
+	if cause := m.readOnly(); cause != nil {
+		return refusal{cause}
+	}
+	if m.primary.dir != "" {
 		return nil
 	}
-	return nil
-}
-
-// reopen makes the targets as they were before they were given to package replicate for reading.
-func (m *members) reopen() error {
-	for _, t := range m.targets {
-		if t.place = 0; t.open == nil {
-			continue
-		}
-		err := t.open.Close()
-		t.open = nil
-		if err == nil {
-			t.vol, err = m.inv.openLocation(t.name, t.loc)
-		}
-		if err != nil {
-			return fmt.Errorf("cannot %s %s: %w", m.verb, t.name, err)
-		}
+	t := newTarget(m.primary.name, m.primary.loc, m.primary.vol.open)
+	_, err := replicate.Put(ctx, t, []replicate.File{{Path: replicate.StatePath, Content: state}}, replicate.Options{DryRun: true})
+	if errors.Is(err, fatdriver.ErrNoSpace) {
+		err = withHint(err, "make room on the primary; nothing was written to any target")
 	}
-	return nil
+	return err
 }
 
 // save writes the state of the replica set on the primary, through the mount point when it is mounted.
@@ -791,7 +756,9 @@ func (m *members) options(o replicate.Options) replicate.Options {
 	}
 	o.SourceTree = m.scanned
 	if o.Member = m.isMember(); o.Member {
-		o.Save = m.save
+		if o.Save = m.save; m.verb == "sync" {
+			o.Try = m.try
+		}
 	}
 	if set == nil {
 		return o

@@ -299,7 +299,7 @@ func TestAddRefuses(t *testing.T) {
 		{own, exitRefused, "it is the primary"},
 		{r.node("sdd1"), exitRefused, "the same FAT serial number 1000-0002 as member machine/dev/sdb1"},
 		{r.node("sde1"), exitRefused, "is not an EFI system partition"},
-		{r.node("sdf2"), exitRefused, "it is of type XBOOTLDR, and the primary of type ESP"},
+		{r.node("sdf2"), exitRefused, "it is an XBOOTLDR partition, and primary"},
 		{"bare.img", exitRefused, "it has no partition GUID"},
 		{"twin.img@@p1", exitRefused, "the same partition GUID " + guidOf(2) + " as member machine/dev/sdb1"},
 		{"dir", exitRefused, "it is a directory"},

@@ -116,9 +116,6 @@ func (inv *invocation) replicate(m *members, o replicate.Options, run engineRun,
 		if err := m.lock(); err != nil {
 			return nil, err
 		}
-		if err := m.canNote(o); err != nil {
-			return nil, err
-		}
 	}
 	source := m.src.Name()
 	results, err := m.run(mode, o, run)

@@ -64,7 +64,7 @@ func day(m *machine) {
 	b.root, c.root = a.root, a.root
 	m.run("add "+dev(b)+" "+dev(c)).want(0).has("added "+a.guid, "added "+b.guid, "added "+c.guid, "synced")
 	m.check(a, b, c)
-	m.run("add "+dev(b)).want(0).has("has them already", "in sync")
+	m.run("add "+dev(b)).want(0).has("is as it should be", "in sync")
 	b.root, c.root = real, "UUID=cccccccc-0003"
 
 	m.story("Each disk has its own root filesystem: lines in the set file")
@@ -152,7 +152,7 @@ func day(m *machine) {
 		m.story("The same while the stale one is mounted")
 		m.mount(c)
 		m.run("status").want(6)
-		mounted := m.run("sync").want(6).has("once the primary is not mounted")
+		mounted := m.run("sync").want(6).has("hint: unmount ")
 		for _, cmd := range mounted.hints() {
 			m.sh(cmd + " -n").want(6).has("mounted on " + c.mnt)
 		}
