@@ -444,11 +444,11 @@ func (m *members) volumes() []*members {
 
 // sources opens the primary, and the XBOOTLDR partition beside it if there is something on it to replicate.
 func (m *members) sources() error {
-	src, err := m.source()
-	if err != nil || m.boot == nil {
+	if _, err := m.source(); err != nil || m.boot == nil {
 		return err
 	}
-	if src, err = m.boot.source(); errors.Is(err, fatdriver.ErrNotFAT) {
+	src, err := m.boot.source()
+	if errors.Is(err, fatdriver.ErrNotFAT) {
 		// Linux and GRUB read other filesystems there. The ESPs are no worse for it.
 		m.inv.log.Warn("the XBOOTLDR partition is not FAT, and is not replicated", "primary", m.boot.primary.name, "err", err)
 		m.boot.close()

@@ -194,7 +194,7 @@ func TestPairs(t *testing.T) {
 			fat[3], fat[4] = 0x02, 0x00 // cluster 2 follows itself
 		}
 	})
-	r = b.write(cmd("sync")...).want(exitPartial).has("b.img@@p2", "goes with")
+	b.write(cmd("sync")...).want(exitPartial).has("b.img@@p2", "goes with")
 	if strings.Contains(b.cat("b.img", "loader/loader.conf"), "4") {
 		t.Error("the ESP was written to beside a damaged XBOOTLDR partition")
 	}
@@ -354,7 +354,7 @@ func TestPairsOfSet(t *testing.T) {
 	b.run("status").want(exitRefused).has("newer")
 	_, hint, _ := strings.Cut(r.stderr, "`espmirror ")
 	hint, _, _ = strings.Cut(hint, "`")
-	r = b.write(strings.Fields(hint)...).want(0)
+	b.write(strings.Fields(hint)...).want(0)
 	b.write("sync").want(0)
 	b.run("verify").want(0)
 	if got := b.cat("c.img@@p2", "loader/entries/6.2.conf"); !strings.Contains(got, "root=UUID=cccc") {

@@ -211,7 +211,7 @@ func day(m *machine) {
 	if m.loops {
 		m.mount(a)
 	}
-	r = m.run("add "+dev(d)).want(3).has("added "+d.guid, "has no text for root")
+	m.run("add "+dev(d)).want(3).has("added "+d.guid, "has no text for root")
 	if m.loops {
 		m.umount(a)
 	}
