@@ -29,7 +29,9 @@ type Boot struct {
 	Via      string // the variable that said so: ViaLoader or ViaBootCurrent
 	Entry    string // the selected boot loader entry, such as "debian-6.1.0-18.conf"; "" when the loader does not say
 	Default  string // the default entry; "" likewise
-	Image    string // path of the boot loader on the partition, with slashes; "" likewise
+	// Preferred comes before Default (systemd 260), OneShot is for the next start alone; "" likewise.
+	Preferred, OneShot string
+	Image              string // path of the boot loader on the partition, with slashes; "" likewise
 
 	Problems []string // variables that could not be read, in words; ones that are not set are none
 }
@@ -64,7 +66,7 @@ func Booted(sys blockdev.System) (*Boot, error) {
 	for _, text := range []struct {
 		variable string
 		to       *string
-	}{{"LoaderEntrySelected", &b.Entry}, {"LoaderEntryDefault", &b.Default}, {"LoaderImageIdentifier", &b.Image}} {
+	}{{"LoaderEntrySelected", &b.Entry}, {"LoaderEntryDefault", &b.Default}, {"LoaderEntryPreferred", &b.Preferred}, {"LoaderEntryOneShot", &b.OneShot}, {"LoaderImageIdentifier", &b.Image}} {
 		v, err := loaderText(sys, text.variable)
 		if err != nil {
 			if !errors.Is(err, ErrNotSet) {

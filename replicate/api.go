@@ -101,11 +101,11 @@ type Options struct {
 	// the source was opened: what the fingerprint of the source is taken of. It may be nil.
 	SourceTree  *fatdriver.Tree
 	Fingerprint bool // do not read where the fingerprints of both sides are those of the last run
-	// BootedEntry and DefaultEntry are the EFI variables LoaderEntrySelected and LoaderEntryDefault, "" when not set: where
-	// entries have to go before there is room for new ones, these stay.
-	BootedEntry, DefaultEntry string
-	Force                     bool      // the source wins, whatever the lineage says
-	Now                       time.Time // what the state file calls now; zero: the clock
+	// These are the EFI variables LoaderEntrySelected, LoaderEntryDefault, LoaderEntryPreferred and LoaderEntryOneShot, "" when
+	// not set: where entries have to go before there is room for new ones, what they name stays.
+	BootedEntry, DefaultEntry, PreferredEntry, OneShotEntry string
+	Force                                                   bool      // the source wins, whatever the lineage says
+	Now                                                     time.Time // what the state file calls now; zero: the clock
 
 	Log      *slog.Logger
 	Progress func(Progress) // called from several goroutines, never concurrently for one target; may be nil
@@ -167,6 +167,7 @@ type Result struct {
 	Outcome   Outcome
 	Summary   Summary
 	Lineage   *Lineage  // how the target stands to the source; nil when neither is in a set
+	Written   int64     // bytes that went to the target, whatever the outcome; 0 of a dry run
 	Recovered *Recovery // what was finished or rolled back first, nil when there was nothing
 	Err       error
 }

@@ -725,7 +725,7 @@ func (r *run) foretold(s *side) error {
 
 // rehearsal is the side on another device, to try something there.
 func (s *side) rehearsal(dev blockdev.Device) *side {
-	d := &side{t: s.t, res: &Result{}, match: s.match, entries: s.entries, files: s.files, staged: s.staged, items: s.items, gone: s.gone, state: s.state, record: s.record, file: s.file,
+	d := &side{t: s.t, res: &Result{}, match: s.match, entries: s.entries, files: s.files, staged: s.staged, partner: s.partner, items: s.items, gone: s.gone, state: s.state, record: s.record, file: s.file,
 		count: blockdev.NewCounting(dev)}
 	d.dev = d.count
 	return d

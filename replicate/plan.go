@@ -23,6 +23,13 @@ func (r *run) plan(s *side) {
 	}
 }
 
+// planInMemory is plan, on a copy.
+func (r *run) planInMemory(s *side) {
+	if err := r.rehearse(s); err != nil {
+		s.fail(fmt.Errorf("cannot plan for %s: %w", s.t.Name, err))
+	}
+}
+
 // maxReplans bounds how often a directory may have to grow before a plan fits.
 const maxReplans = 64
 
@@ -40,28 +47,53 @@ func (r *run) makePlan(s *side) error {
 	if werr != nil {
 		return err
 	}
-	s.entries, s.files = r.removable(s, points)
-	if len(s.entries) == 0 {
-		return err
-	}
-	s.staged = true
-	if r.opt.DryRun {
-		// This is a copy, be it of a dry run or of a rehearsal.
-		if rerr := r.removeFirst(s, s.entries, s.files); rerr != nil {
-			return fmt.Errorf("%w (and room cannot be made: %w)", err, rerr)
+	going, menu := r.removable(s, points)
+	for n := range going {
+		// As few as will do. All of it is tried on a copy: what would not lead to the new tree does not begin.
+		entries, files := early(going, menu, n+1)
+		if len(entries) == 0 {
+			continue
 		}
-		if rerr := r.planOnce(s); rerr != nil {
-			return fmt.Errorf("%w (and removing what goes anyway does not make enough room: %w)", err, rerr)
+		d, terr := r.tryRoom(s, entries, files)
+		if terr != nil {
+			if errors.As(terr, &short) && n+1 < len(going) {
+				continue
+			}
+			return fmt.Errorf("%w (and removing what goes anyway does not make enough room: %w)", err, terr)
 		}
-		return nil
+		s.staged, s.entries, s.files = true, entries, files
+		if !r.opt.DryRun {
+			s.res.Summary, s.res.Outcome = d.res.Summary, Differs
+			return nil
+		}
+		if err := r.removeFirst(s, entries, files); err != nil {
+			return err
+		}
+		return r.planOnce(s)
 	}
-	d, rerr := r.rehearsed(s)
-	if rerr != nil {
-		s.staged = false
-		return rerr
+	return err
+}
+
+// tryRoom makes room and the plan on a copy.
+func (r *run) tryRoom(s *side, entries, files []string) (*side, error) {
+	dry := *r
+	dry.opt.DryRun, dry.log = true, slog.New(slog.DiscardHandler)
+	d := s.rehearsal(blockdev.NewOverlay(s.dev))
+	d.staged = true
+	var err error
+	if d.vol, err = fatdriver.Open(d.dev); err != nil {
+		return nil, err
 	}
-	s.res.Summary, s.res.Outcome = d.res.Summary, Differs
-	return nil
+	if err := dry.scan(d); err != nil {
+		return nil, err
+	}
+	if d.free, err = d.tree.Allocatable(); err != nil {
+		return nil, err
+	}
+	if err := dry.removeFirst(d, entries, files); err != nil {
+		return nil, err
+	}
+	return d, dry.planOnce(d)
 }
 
 // makeRoom carries out the first transaction of a target that needs two, and plans the second.
@@ -328,24 +360,18 @@ func loses(p switchPoint, refers func(path string) bool) bool {
 // rehearse makes the plan of a target with everything that must be written before it, in memory: whoever has not enough
 // room in the end is refused before the first write.
 func (r *run) rehearse(s *side) error {
-	_, err := r.rehearsed(s)
-	return err
-}
-
-// rehearsed is rehearse, with the side that was rehearsed on.
-func (r *run) rehearsed(s *side) (*side, error) {
 	dry := *r
 	dry.opt.DryRun, dry.log = true, slog.New(slog.DiscardHandler)
 	d := s.rehearsal(blockdev.NewOverlay(s.dev))
 	d.staged = false
 	var err error
 	if d.vol, err = fatdriver.Open(d.dev); err != nil {
-		return nil, err
+		return err
 	}
 	if err := dry.scan(d); err != nil {
-		return nil, err
+		return err
 	}
-	return d, dry.makePlan(d)
+	return dry.makePlan(d)
 }
 
 // summarize fills in the exact numbers of a plan.

@@ -47,6 +47,7 @@ type side struct {
 	same     bool            // the tree is as it should be
 	record   *State          // what the target is to remember of this run, nil when nothing new
 	file     *Item           // that, as a file
+	partner  *side           // the other volume of its pair, nil when it goes alone
 
 	staged         bool // room is made first, by the removal of these
 	entries, files []string
@@ -117,6 +118,15 @@ func SyncAll(ctx context.Context, jobs []Job) ([][]Result, error) {
 	for i, r := range runs {
 		results[i] = r.results
 	}
+	defer func() {
+		for _, r := range runs {
+			for _, s := range r.sides {
+				if s.count != nil && !r.opt.DryRun {
+					s.res.Written = s.count.Counts().BytesWritten
+				}
+			}
+		}
+	}()
 	stop := func(err error) ([][]Result, error) {
 		for _, r := range runs {
 			r.stop(err)
@@ -135,12 +145,20 @@ func SyncAll(ctx context.Context, jobs []Job) ([][]Result, error) {
 		}
 	}
 	crossed(runs)
+	partners(runs)
 	together(runs)
 	for _, r := range runs {
 		// Before the first write to any target, which may be that of a journal in the plan.
 		if err := r.note(ctx, r.opt.Try); err != nil {
 			return stop(err)
 		}
+	}
+	if len(runs) > 1 {
+		// A plan may begin with a journal. Before that it must be certain that the other volume of a pair has a plan too.
+		for _, r := range runs {
+			each(r.sides, r.planInMemory)
+		}
+		together(runs)
 	}
 	for _, r := range runs {
 		each(r.sides, r.plan)
@@ -182,6 +200,19 @@ func crossed(runs []*run) {
 				err := Diverged.refuse("it is newer on the target, and what goes with it is not", r.src.Name(), s.t.Name)
 				s.res.Err = fmt.Errorf("cannot sync %s: %w", s.t.Name, err)
 			}
+		}
+	}
+}
+
+// partners makes the volumes of a pair known to each other.
+func partners(runs []*run) {
+	pairs := map[string]*side{}
+	for _, r := range runs {
+		for _, s := range r.sides {
+			if o := pairs[s.t.Pair]; o != nil && s.t.Pair != "" {
+				s.partner, o.partner = o, s
+			}
+			pairs[s.t.Pair] = s
 		}
 	}
 }

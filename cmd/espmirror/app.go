@@ -17,6 +17,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"espmirror/blockdev"
+	"espmirror/fatdriver"
 	"espmirror/gpt"
 	"espmirror/replicate"
 )
@@ -85,6 +86,9 @@ func hintOf(err error) string {
 	var busy *blockdev.BusyError
 	if errors.As(err, &busy) {
 		return busyHint(busy)
+	}
+	if errors.Is(err, fatdriver.ErrNoSpace) {
+		return "delete there what is not needed (`espmirror ls -lR` shows it), or leave something out with --exclude: old and new have to fit side by side"
 	}
 	if errors.Is(err, gpt.ErrBackupOnly) {
 		return "its backup table is whole: gdisk loads it (answer 1), shows it with p, and writes it back with w"

@@ -37,6 +37,7 @@ type members struct {
 	dry     bool // nothing is written: what recovery would do has not been done
 
 	src     replicate.Source // the primary, once it is open
+	noted   bool             // something was written on it
 	set     *replicate.Set   // the primary's replica set file, nil when it has none
 	bySet   bool             // the targets are those of the set, not of the command line
 	booted  bool             // nobody named the primary: it is what the machine was started from
@@ -444,7 +445,10 @@ func (m *members) volumes() []*members {
 
 // sources opens the primary, and the XBOOTLDR partition beside it if there is something on it to replicate.
 func (m *members) sources() error {
-	if _, err := m.source(); err != nil || m.boot == nil {
+	if _, err := m.source(); err != nil {
+		return err
+	}
+	if err := m.checkSelection(); err != nil || m.boot == nil {
 		return err
 	}
 	src, err := m.boot.source()
@@ -463,6 +467,25 @@ func (m *members) sources() error {
 		m.inv.log.Info("there is nothing to replicate on the XBOOTLDR partition", "primary", m.boot.primary.name)
 		m.boot.close()
 		m.boot = nil
+	}
+	return nil
+}
+
+// checkSelection refuses a selection of which the primary has nothing, and tells of the parts that it has not: what a target
+// has there goes.
+func (m *members) checkSelection() error {
+	sel := m.options(replicate.Options{Selection: m.inv.selection()}).Selection
+	if err := sel.Check(m.src); err != nil {
+		if m.isMember() {
+			return err // the set file goes along always, so that package replicate finds something
+		}
+		return nil
+	}
+	for _, p := range sel.Select {
+		one := replicate.Selection{Select: []string{p}, Exclude: sel.Exclude}
+		if err := one.Check(m.src); errors.Is(err, replicate.ErrEmptySelection) {
+			m.inv.log.Warn("it is selected, and not on the primary: what targets have there is removed", "path", p, "primary", m.primary.name)
+		}
 	}
 	return nil
 }
@@ -720,6 +743,7 @@ func (m *members) try(ctx context.Context, state []byte) error {
 
 // save writes the state of the replica set on the primary, through the mount point when it is mounted.
 func (m *members) save(ctx context.Context, state []byte) error {
+	m.noted = true
 	return m.put(ctx, replicate.File{Path: replicate.StatePath, Content: state})
 }
 
@@ -752,7 +776,7 @@ func (m *members) options(o replicate.Options) replicate.Options {
 		o.SourceGUID = m.esp.primary.guid()
 	}
 	if boot, err := gpt.Booted(m.inv.system); err == nil {
-		o.BootedEntry, o.DefaultEntry = boot.Entry, boot.Default
+		o.BootedEntry, o.DefaultEntry, o.PreferredEntry, o.OneShotEntry = boot.Entry, boot.Default, boot.Preferred, boot.OneShot
 	}
 	o.SourceTree = m.scanned
 	if o.Member = m.isMember(); o.Member {
@@ -885,7 +909,7 @@ func (m *members) compareSets(t *member) {
 
 // lineageHint says what to do where the primary is not the newer one, in commands that can be given as they are: those of
 // the ESPs, with which their XBOOTLDR partitions go.
-func (m *members) lineageHint(err error, t *member) error {
+func (m *members) lineageHint(err error, t *member, l *replicate.Lineage) error {
 	p := m.primary
 	if m.esp != nil {
 		p, t = m.esp.primary, t.esp
@@ -901,6 +925,10 @@ func (m *members) lineageHint(err error, t *member) error {
 		}
 	}
 	switch {
+	case errors.Is(err, replicate.ErrStaleSource) && device.name != "" && changedAlone(l):
+		// It may be an update that was made there, or damage: nobody but a person can tell.
+		return withHint(err, "see what differs: `espmirror verify --primary %s --target %s`; then %s puts it back as %s has it, or %s%s keeps it",
+			quoted(p.name), quoted(t.name), way(p, t, "--force "), p.name, unmount, way(t, device, ""))
 	case errors.Is(err, replicate.ErrStaleSource) && device.name != "":
 		return withHint(err, "%sreplicate the other way: %s, or boot from %s; --force overwrites it all the same", unmount, way(t, device, ""), t.name)
 	case errors.Is(err, replicate.ErrDiverged) && device.name != "":
@@ -914,6 +942,10 @@ func (m *members) lineageHint(err error, t *member) error {
 	}
 	return err
 }
+
+// changedAlone says whether a target that is not ahead of the primary was changed without a run: no other member has what it
+// has.
+func changedAlone(l *replicate.Lineage) bool { return l != nil && l.Generation <= l.Base }
 
 // sameKind refuses an XBOOTLDR partition as the copy of an ESP, and the other way round, as a set file with the wrong one
 // of two GUIDs would have it: they go in pairs.
@@ -1121,7 +1153,7 @@ func (m *members) outcomesOf(results []replicate.Result, runErr error) []*outcom
 			r := &results[t.place-1]
 			o.result = r
 			if r.Err != nil {
-				o.err = m.lineageHint(recoverHint(prefixed(m.verb, t.name, r.Err), t.name), t)
+				o.err = m.lineageHint(recoverHint(prefixed(m.verb, t.name, r.Err), t.name), t, r.Lineage)
 				switch {
 				case r.Outcome == replicate.Refused:
 					o.err = refusal{o.err}
@@ -1158,7 +1190,7 @@ func prefixed(verb, name string, err error) error {
 
 // failureOf sums up the outcomes: nil when every target is done, errDiffers when there is a difference and no error.
 func (m *members) failureOf(outcomes []*outcome) error {
-	e := &targetsError{verb: m.verb, total: len(outcomes)}
+	e := &targetsError{verb: m.verb, total: len(outcomes), wrote: m.noted || m.boot != nil && m.boot.noted}
 	differs := false
 	for _, o := range outcomes {
 		if o.err != nil {
@@ -1166,7 +1198,7 @@ func (m *members) failureOf(outcomes []*outcome) error {
 		}
 		if o.result != nil {
 			differs = differs || o.result.Outcome == replicate.Differs
-			e.wrote = e.wrote || o.result.Outcome == replicate.Synced || o.result.Recovered.Changed()
+			e.wrote = e.wrote || o.result.Outcome == replicate.Synced || o.result.Written > 0 || !m.dry && o.result.Recovered.Changed()
 		}
 	}
 	switch {

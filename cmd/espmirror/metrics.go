@@ -10,7 +10,7 @@ import (
 
 // memberStates are the states that a volume can be in. Each is a series, so that an alert can name the one it is about.
 var memberStates = []string{
-	"ok", "in sync", "drifted", "stale", "new", "newer", "diverged", "needs recovery", "damaged", "busy", "missing",
+	"ok", "in sync", "drifted", "stale", "new", "newer", "changed", "diverged", "not compared", "needs recovery", "damaged", "busy", "missing",
 	"refused", "failed", "stopped",
 }
 

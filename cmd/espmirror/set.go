@@ -84,6 +84,9 @@ func (inv *invocation) changeSet(verb string) (report, error) {
 		}
 	}
 	m.close()
+	if rep.DryRun && verb == "add" && !inv.flag("no-sync") {
+		return rep, inv.planAdd(rep, volumes)
+	}
 	if rep.DryRun || inv.flag("no-sync") || len(set.Members()) < 2 {
 		return rep, nil
 	}
@@ -101,6 +104,22 @@ func (inv *invocation) changeSet(verb string) (report, error) {
 		rep.Sync = r
 	}
 	return rep, rep.notSynced(err)
+}
+
+// planAdd plans the run that would follow, as a disk that has boot files of its own is about to lose them.
+func (inv *invocation) planAdd(rep *setReport, volumes []string) error {
+	m, err := inv.newMembersOf("sync", volumes, false)
+	if err != nil {
+		return err
+	}
+	run, err := inv.replicate(m, replicate.Options{DryRun: true, Log: inv.engineLog(true)}, inv.engine.sync, false)
+	if r, ok := run.(*runReport); ok {
+		rep.Sync = r
+	}
+	if errors.Is(err, errDiffers) {
+		return nil // that is what adding is for
+	}
+	return err
 }
 
 // notSynced sees to it that no exit status says "nothing was written" when the set has been changed.

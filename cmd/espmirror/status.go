@@ -248,8 +248,9 @@ func (inv *invocation) statusOfSet(rep *statusReport, m *members) (report, error
 		case o.err != nil:
 			s.fail(o.err)
 			s.State = o.statusState()
+		case o.result == nil && srcErr != nil:
+			s.State = "not compared" // by itself it is sound
 		case o.result == nil:
-			// The primary failed: what is known is the health.
 		case o.result.Outcome == replicate.Differs:
 			s.State, s.Changes = behind(o.result.Lineage), len(o.result.Summary.Changes)
 			s.Next = m.syncCommand(o.member)
@@ -259,6 +260,9 @@ func (inv *invocation) statusOfSet(rep *statusReport, m *members) (report, error
 		rep.Volumes = append(rep.Volumes, *s)
 	}
 	if srcErr != nil {
+		if len(rep.Volumes) > 0 && rep.Volumes[0].State == "ok" {
+			rep.Volumes[0].fail(srcErr)
+		}
 		return rep, srcErr
 	}
 	return rep, m.failureOf(outcomes)
@@ -317,6 +321,8 @@ func (o *outcome) statusState() string {
 		return "damaged"
 	}
 	switch {
+	case errors.Is(o.err, replicate.ErrStaleSource) && o.result != nil && changedAlone(o.result.Lineage):
+		return "changed"
 	case errors.Is(o.err, replicate.ErrStaleSource):
 		return "newer"
 	case errors.Is(o.err, replicate.ErrDiverged):

@@ -89,7 +89,11 @@ func thenSeeds(run engineRun) engineRun {
 			if r := &last[i]; r.Err == nil {
 				o := replicate.SeedOptions{DryRun: job.Options.DryRun}
 				o.Log = job.Options.Log
-				if _, err := replicate.RandomSeed(ctx, t, o); err != nil {
+				seed, err := replicate.RandomSeed(ctx, t, o)
+				if seed.Outcome == replicate.Refreshed || seed.Outcome == replicate.Created {
+					r.Written += 32 // of a seed
+				}
+				if err != nil {
 					r.Err, r.Outcome = fmt.Errorf("cannot renew the random seed of %s: %w", t.Name, err), replicate.Failed
 				}
 			}
@@ -248,7 +252,7 @@ func outcomeTint(s string) tint {
 	switch s {
 	case "in sync", "synced", "ok", "finished", "rolled back", "rolled forward", "nothing to do":
 		return green
-	case "differs", "drifted", "busy", "stale", "new", "needs recovery":
+	case "differs", "drifted", "busy", "stale", "new", "needs recovery", "not compared":
 		return yellow
 	}
 	return red
