@@ -303,6 +303,15 @@ func (r *run) extend(s *side, log *journal.Log, dir *fatdriver.Node, clusters in
 	if err != nil {
 		return err
 	}
+	if err := r.carryOut(s, plan, log); err != nil {
+		return fmt.Errorf("cannot make directory /%s longer: %w", dir.Path(), err)
+	}
+	return nil
+}
+
+// carryOut is a transaction of its own before that of the run, whose new files, if any, were made for this target. log is
+// nil while there is no journal yet.
+func (r *run) carryOut(s *side, plan *fatdriver.Plan, log *journal.Log) error {
 	if log != nil {
 		rec, err := record(plan)
 		if err != nil {
@@ -312,8 +321,10 @@ func (r *run) extend(s *side, log *journal.Log, dir *fatdriver.Node, clusters in
 			return err
 		}
 	}
+	f := &feed{s: s, own: plan.Files}
 	tx := plan.Begin()
-	err = inOrder(
+	return inOrder(
+		func() error { return f.writeOwn(tx) },
 		tx.WriteDirs,
 		func() error {
 			if log != nil {
@@ -323,16 +334,12 @@ func (r *run) extend(s *side, log *journal.Log, dir *fatdriver.Node, clusters in
 			return tx.Flush()
 		},
 		tx.WriteFAT,
-		// B1: the cluster must hold zeros before the directory leads to it.
+		// B1: what is new must be on the medium, the zeros of a directory that grows too, before anything leads to it.
 		tx.Flush,
 		func() error { return r.readBack(s, tx) },
 		func() error { return r.commitAll(s, plan, tx, log) },
 		func() error { return closeTx(tx, log) },
 	)
-	if err != nil {
-		return fmt.Errorf("cannot make directory /%s longer: %w", dir.Path(), err)
-	}
-	return nil
 }
 
 // inOrder calls the steps one after the other, and stops at the first error.

@@ -291,26 +291,7 @@ func (r *run) removeFirst(s *side, entries, files []string) error {
 	if err != nil {
 		return err
 	}
-	rec, err := record(plan)
-	if err != nil {
-		return err
-	}
-	if err := log.Prepare(rec); err != nil {
-		return err
-	}
-	f := &feed{s: s, own: plan.Files}
-	tx := plan.Begin()
-	err = inOrder(
-		func() error { return f.writeOwn(tx) },
-		tx.WriteDirs,
-		tx.WriteFAT,
-		// B1: as in transact.
-		tx.Flush,
-		func() error { return r.readBack(s, tx) },
-		func() error { return r.commitAll(s, plan, tx, log) },
-		func() error { return closeTx(tx, log) },
-	)
-	if err != nil {
+	if err := r.carryOut(s, plan, log); err != nil {
 		return fmt.Errorf("cannot make room: %w", err)
 	}
 	r.log.Info("made room", "target", s.t.Name, "files", len(s.early))

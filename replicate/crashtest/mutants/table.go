@@ -105,9 +105,9 @@ var Table = []Mutant{
 	{Name: "no flush of the zeros", Breaks: "without a journal, new directory clusters are taken before they hold zeros", First: "no slot",
 		Patches: []Patch{{journalGo, "// Where no record names the cluster", "return tx.Flush()", `return skip("no flush of the zeros", tx.Flush)`}}},
 	{Name: "no B1 of a growing directory", Breaks: "a directory leads to its new clusters before they hold zeros", First: "no slot",
-		Patches: noStep("no B1 of a growing directory", journalGo, "// B1: the cluster must hold zeros", "tx.Flush")},
+		Patches: noStep("no B1 of a growing directory", journalGo, "// B1: what is new must be on the medium", "tx.Flush")},
 	{Name: "new directory clusters not zeroed", Breaks: "a directory grows by what lay there", First: "no slot",
-		Patches: noStep("new directory clusters not zeroed", journalGo, "func (r *run) extend(", "tx.WriteDirs")},
+		Patches: noStep("new directory clusters not zeroed", journalGo, "func (r *run) carryOut(", "tx.WriteDirs")},
 	{Name: "directory grows without a record", Breaks: "no intent before a directory grows", First: "full",
 		Patches: []Patch{{journalGo, "dir *fatdriver.Node, clusters int64) error {", "", "\nif mutant(\"directory grows without a record\") {\nlog = nil\n}"}}},
 	{Name: "directory grows in copy 0 only", Breaks: "FAT copy 1 does not get the link to new directory clusters", First: "full",
@@ -278,7 +278,7 @@ var Table = []Mutant{
 	{Name: "files go before their entries", Breaks: "what makes room takes away kernels first, and then the entries that name them", First: "makes room", Patches: []Patch{
 		{stageGo, "for _, list := range [][]string{entries, files} {", "for _,", "if mutant(\"files go before their entries\") {\nentries, files = files, entries\n}\nfor _,"}}},
 	{Name: "no intent for making room", Breaks: "the transaction that makes room has no record", First: "makes room", Patches: []Patch{
-		{stageGo, "if err := log.Prepare(rec); err != nil {", "log.Prepare(rec)", "skip(\"no intent for making room\", func() error { return log.Prepare(rec) })"}}},
+		{journalGo, "if err := log.Prepare(rec); err != nil {", "log.Prepare(rec)", "skip(\"no intent for making room\", func() error { return log.Prepare(rec) })"}}},
 
 	// Recovery.
 	{Name: "no recovery before a sync", Breaks: "a sync plans on a volume with an unfinished record", Patches: []Patch{
