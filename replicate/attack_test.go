@@ -1,0 +1,533 @@
+package replicate
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"runtime"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"espmirror/blockdev"
+	"espmirror/fixtures"
+)
+
+// Each test here demonstrates a finding of the review: it fails while the finding stands.
+
+func earlyPaths(res Result) []string {
+	var out []string
+	for _, c := range res.Summary.Early {
+		out = append(out, c.Path)
+	}
+	return out
+}
+
+func attackLoad(t *testing.T, m *blockdev.Mem, tree map[string]string) {
+	t.Helper()
+	if res := syncMem(t, newMemSource(tree), m, Options{Selection: stageSelect, Force: true}); res.Err != nil {
+		t.Fatal(res.Err)
+	}
+}
+
+// A user excludes a directory above what an earlier run selected: the state brings the anchors back.
+func TestAttackExcludeIgnored(t *testing.T) {
+	ms := newMembers(t, geometries[2], nil, "a", "b")
+	a, b := ms[0], ms[1]
+	a.write(t, withFiles(map[string]string{"EFI/Linux/x": "old", "EFI/foo/k": "k", "loader/entries/k.conf": "linux /EFI/foo/k\n"}))
+	o := Options{Selection: defaultSelection}
+	res, err := a.sync(t, o, b)
+	expectResults(t, "first", res, err, Synced)
+	a.edit(t, map[string]*string{"EFI/Linux/x": ptr("new")})
+	o.Selection = Selection{Exclude: []string{"nothing", "EFI"}}
+	res, err = a.sync(t, o, b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := b.files(t)["EFI/Linux/x"]; got != "old" {
+		t.Errorf("EFI is excluded, and EFI/Linux/x was overwritten: %q (%s %v)", got, res[0].Outcome, res[0].Err)
+	}
+}
+
+// The same for what the source has no more: it is deleted on the target below an excluded directory.
+func TestAttackExcludeIgnoredGone(t *testing.T) {
+	ms := newMembers(t, geometries[2], nil, "a", "b")
+	a, b := ms[0], ms[1]
+	a.write(t, withFiles(map[string]string{"EFI/foo/k": "k", "loader/entries/k.conf": "linux /EFI/foo/k\n"}))
+	res, err := a.sync(t, Options{Selection: defaultSelection}, b)
+	expectResults(t, "first", res, err, Synced)
+	a.write(t, withFiles(nil))
+	res, err = a.sync(t, Options{Selection: Selection{Exclude: []string{"nothing", "EFI"}}}, b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := b.files(t)["EFI/foo/k"]; got != "k" {
+		t.Errorf("EFI is excluded, and EFI/foo/k was deleted: %q (%s %v)", got, res[0].Outcome, res[0].Err)
+	}
+}
+
+// EFI/espmirror of the newer member is deleted, by the user or by fsck. It takes part in a set by its own esp-sync, and is
+// overwritten as one that was never in a set.
+func TestAttackStateDeletedOnNewer(t *testing.T) {
+	ms := newMembers(t, geometries[2], nil, "a", "b", "c")
+	a, b, c := ms[0], ms[1], ms[2]
+	set := "member " + guidA + "\nmember " + guidB + "\nmember " + guidC + "\n"
+	tree := func(v string) map[string]string {
+		return withFiles(map[string]string{"EFI/Linux/" + v: v, "loader/esp-sync": set})
+	}
+	a.write(t, tree("v1"))
+	res, err := a.sync(t, Options{}, b, c)
+	expectResults(t, "first", res, err, Synced, Synced)
+	b.replace(t, tree("v2"))
+	res, err = b.sync(t, Options{}, c) // a is away
+	expectResults(t, "second", res, err, Synced)
+	b.edit(t, map[string]*string{"EFI/espmirror/state": nil, "EFI/espmirror/journal": nil})
+	res, err = a.sync(t, Options{}, b, c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if b.files(t)["EFI/Linux/v2"] != "v2" {
+		t.Errorf("b was overwritten by the older a (%s, %+v), while c says that a is stale: %v", res[0].Outcome, res[0].Lineage, res[1].Err)
+	}
+}
+
+// A state that only one target holds stops the run for all of them.
+func TestAttackOneTargetStopsAll(t *testing.T) {
+	ms := newMembers(t, geometries[2], nil, "a", "b", "c")
+	a, b, c := ms[0], ms[1], ms[2]
+	a.write(t, withFiles(nil))
+	res, err := a.sync(t, Options{}, b, c)
+	expectResults(t, "first", res, err, Synced, Synced)
+	st := b.state(t)
+	st.Generation, st.Named = 9, []string{"EFI/ESPMIRROR"}
+	putMem(t, b.dev, Options{}, File{Path: StatePath, Content: st.Bytes()})
+	a.edit(t, map[string]*string{"own.txt": ptr("x")})
+	c.edit(t, map[string]*string{"loader/loader.conf": nil})
+	c.write(t, withFiles(nil))
+	if res, err = a.sync(t, Options{Force: true}, b, c); err != nil {
+		t.Errorf("what is on b stops the run for c: %v", err)
+	}
+}
+
+// A state file on the primary whose anchor is the root.
+func TestAttackRootAnchorPanics(t *testing.T) {
+	ms := newMembers(t, geometries[2], nil, "a", "b")
+	a, b := ms[0], ms[1]
+	a.write(t, withFiles(nil))
+	res, err := a.sync(t, Options{Selection: defaultSelection}, b)
+	expectResults(t, "first", res, err, Synced)
+	st := a.state(t)
+	st.Anchors = append(st.Anchors, "/")
+	st.Named = nil
+	putMem(t, a.dev, Options{}, File{Path: StatePath, Content: st.Bytes()})
+	a.edit(t, map[string]*string{"loader/loader.conf": ptr("timeout 5\n")})
+	defer func() {
+		if p := recover(); p != nil {
+			t.Errorf("panic: %v", p)
+		}
+	}()
+	res, err = a.sync(t, Options{Selection: defaultSelection}, b)
+	t.Log(res, err)
+}
+
+// A state file on the primary whose anchors lie in what belongs to one ESP alone.
+func TestAttackAnchorsOfOwn(t *testing.T) {
+	ms := newMembers(t, geometries[2], nil, "a", "b")
+	a, b := ms[0], ms[1]
+	a.write(t, withFiles(map[string]string{"EFI/Microsoft/Boot/BCD": "of a"}))
+	b.write(t, map[string]string{"EFI/Microsoft/Boot/BCD": "of b"})
+	o := Options{Selection: defaultSelection}
+	res, err := a.sync(t, o, b)
+	expectResults(t, "first", res, err, Synced)
+	st := a.state(t)
+	st.Anchors = append(st.Anchors, "EFI/MICROSOFT/BOOT")
+	putMem(t, a.dev, Options{}, File{Path: StatePath, Content: st.Bytes()})
+	o.Force = true
+	res, err = a.sync(t, o, b)
+	if got := b.files(t)["EFI/Microsoft/Boot/BCD"]; got != "of b" {
+		t.Errorf("the other vendor's directory was overwritten: %q %v %v", got, res, err)
+	}
+}
+
+// And on a target: there they name what "went".
+func TestAttackGoneOfOwn(t *testing.T) {
+	ms := newMembers(t, geometries[2], nil, "a", "b")
+	a, b := ms[0], ms[1]
+	a.write(t, withFiles(nil))
+	b.write(t, map[string]string{"EFI/Microsoft/Boot/BCD": "of b"})
+	o := Options{Selection: defaultSelection}
+	res, err := a.sync(t, o, b)
+	expectResults(t, "first", res, err, Synced)
+	st := b.state(t)
+	st.Anchors = append(st.Anchors, "EFI/MICROSOFT/BOOT", "EFI/ESPMIRROR/JOURNAL")
+	putMem(t, b.dev, Options{}, File{Path: StatePath, Content: st.Bytes()})
+	o.Force = true
+	res, err = a.sync(t, o, b)
+	if got := b.files(t)["EFI/Microsoft/Boot/BCD"]; got != "of b" {
+		t.Errorf("the other vendor's directory was deleted: %q %v %v", got, res, err)
+	}
+}
+
+// The highest generation, then one more.
+func TestAttackGenerationOverflow(t *testing.T) {
+	ms := newMembers(t, geometries[2], nil, "a", "b")
+	a, b := ms[0], ms[1]
+	a.write(t, withFiles(nil))
+	res, err := a.sync(t, Options{}, b)
+	expectResults(t, "first", res, err, Synced)
+	st := b.state(t)
+	st.Generation = 1<<64 - 1
+	putMem(t, b.dev, Options{}, File{Path: StatePath, Content: st.Bytes()})
+	a.edit(t, map[string]*string{"loader/loader.conf": ptr("timeout 5\n")})
+	res, err = a.sync(t, Options{Force: true}, b)
+	if err != nil || res[0].Err != nil {
+		t.Skip(err, res[0].Err)
+	}
+	for _, m := range ms {
+		if _, err := ReadState(m.open(t, m.dev)); err != nil {
+			t.Errorf("%s has a state that nobody can read: %v", m.name, err)
+		}
+	}
+}
+
+// A selection that makes the state longer than what is read of it.
+func TestAttackStateTooLong(t *testing.T) {
+	ms := newMembers(t, geometries[2], nil, "a", "b")
+	a, b := ms[0], ms[1]
+	a.write(t, withFiles(nil))
+	o := Options{Selection: testSelect}
+	o.Selection.Select = slices.Clone(testSelect.Select)
+	for i := range 400 { // what esp-sync of 40 KB says
+		o.Selection.Select = append(o.Selection.Select, fmt.Sprintf("%0100d", i))
+	}
+	res, err := a.sync(t, o, b)
+	if err != nil || res[0].Err != nil {
+		t.Skip(err, res[0].Err)
+	}
+	for _, m := range ms {
+		if _, err := ReadState(m.open(t, m.dev)); err != nil {
+			t.Errorf("%s has a state that nobody can read: %v", m.name, err)
+		}
+	}
+}
+
+// A part of the tree that so many later selections left out that it is forgotten: a change there is overwritten.
+func TestAttackForgottenPart(t *testing.T) {
+	ms := newMembers(t, geometries[2], nil, "a", "b")
+	a, b := ms[0], ms[1]
+	files := withFiles(nil)
+	for i := range maxRest + 3 {
+		files[fmt.Sprintf("d%d/f", i)] = "old"
+	}
+	a.write(t, files)
+	for i := range maxRest + 3 {
+		res, err := a.sync(t, Options{Selection: Selection{Select: []string{fmt.Sprintf("d%d", i)}}}, b)
+		expectResults(t, fmt.Sprint(i), res, err, Synced)
+	}
+	b.edit(t, map[string]*string{"d0/f": ptr("newer, made on b")})
+	res, err := a.sync(t, Options{Selection: Selection{Select: []string{"d0"}}}, b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := b.files(t)["d0/f"]; got != "newer, made on b" {
+		t.Errorf("overwritten without --force: %q, %+v", got, res[0].Lineage)
+	}
+}
+
+// The words of an XBOOTLDR partition come from the ESP's set file, which its fingerprint does not cover.
+func TestAttackFingerprintWords(t *testing.T) {
+	ms := newMembers(t, geometries[2], nil, "a", "b")
+	a, b := ms[0], ms[1]
+	a.write(t, withFiles(map[string]string{"loader/entries/x.conf": "title x\nlinux /EFI/BOOT/BOOTX64.EFI\noptions root=aaaa\n"}))
+	members := "member " + guidA + "\nmember " + guidB + "\n"
+	o := Options{Set: parsed(t, members)}
+	res, err := a.sync(t, o, b)
+	expectResults(t, "first", res, err, Synced)
+	o.Set = parsed(t, members+"replace root "+guidA+" aaaa\nreplace root "+guidB+" bbbb\n")
+	o.Fingerprint = true
+	res, err = a.sync(t, o, b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := b.files(t)["loader/entries/x.conf"]; !strings.Contains(got, "bbbb") {
+		t.Errorf("%s, and the entry still says %q", res[0].Outcome, got)
+	}
+}
+
+// A word that stands often in an entry, and a long text for it.
+func TestAttackWordsExplode(t *testing.T) {
+	from, to := map[string]string{"n": "a"}, map[string]string{"n": strings.Repeat("b", 40_000)}
+	if _, err := ParseSet("s", []byte("member "+guidA+"\nmember "+guidB+"\nreplace n "+guidA+" a\nreplace n "+guidB+" "+to["n"]+"\n")); err != nil {
+		t.Skip(err)
+	}
+	ms := newMembers(t, geometries[2], nil, "a", "b")
+	a, b := ms[0], ms[1]
+	a.write(t, withFiles(map[string]string{
+		"loader/entries/x.conf": "title x\nlinux /EFI/BOOT/BOOTX64.EFI\noptions " + strings.Repeat("a ", 4000), // 32,000 would fit
+		"loader/esp-sync":       "member " + guidA + "\nmember " + guidB + "\nreplace n " + guidA + " a\nreplace n " + guidB + " " + to["n"] + "\n",
+	}))
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	res, err := a.sync(t, Options{}, b)
+	runtime.ReadMemStats(&after)
+	if used := after.TotalAlloc - before.TotalAlloc; used > 100<<20 {
+		t.Errorf("an entry of 8 KB and a set file of 40 KB took %d MB: %v %v", used>>20, res, err)
+	}
+	_ = from
+}
+
+// The same anchor thousands of times in the state of a target: each file is read as often.
+func TestAttackAnchorsManyTimes(t *testing.T) {
+	ms := newMembers(t, geometries[2], nil, "a", "b")
+	a, b := ms[0], ms[1]
+	a.write(t, withFiles(map[string]string{"EFI/Linux/x": strings.Repeat("a", 300_000)}))
+	res, err := a.sync(t, Options{}, b)
+	expectResults(t, "first", res, err, Synced)
+	st := b.state(t)
+	st.Anchors = nil
+	for range 1000 { // 6,000 would fit
+		st.Anchors = append(st.Anchors, "EFI")
+	}
+	putMem(t, b.dev, Options{}, File{Path: StatePath, Content: st.Bytes()})
+	b.edit(t, map[string]*string{"EFI/Linux/x": ptr(strings.Repeat("b", 300_000))})
+	_, _, read := fingerprinted(t, Options{}, a, b)
+	if read > 30<<20 {
+		t.Errorf("%d MB were read of a volume of 8 MB", read>>20)
+	}
+}
+
+// Many entries that only the source has.
+func TestAttackManyEntries(t *testing.T) {
+	m := newVolume(t, geometries[4])
+	tree := func(v string, n int) map[string]string {
+		out := withFiles(nil)
+		for i := range n {
+			out[fmt.Sprintf("loader/entries/%s-%d.conf", v, i)] = "linux /EFI/BOOT/BOOTX64.EFI\n"
+		}
+		return out
+	}
+	took := map[int]time.Duration{}
+	for _, n := range []int{50, 100, 200} {
+		syncMem(t, newMemSource(tree("old", n)), m, Options{Selection: testSelect})
+		start := time.Now()
+		if res := syncMem(t, newMemSource(tree("new", n)), m, Options{Selection: testSelect, DryRun: true}); res.Err != nil {
+			t.Fatal(res.Err)
+		}
+		took[n] = time.Since(start)
+	}
+	if took[200] > 20*took[50] {
+		t.Errorf("the time grows with the third power: %v", took)
+	}
+}
+
+// The first transaction must not take a boot loader away, which an entry names besides, and which is to be replaced.
+func TestAttackStagedTakesBootLoader(t *testing.T) {
+	old := kernels("5.1", "5.2", "5.3")
+	old["loader/entries/again.conf"] = "title chain\nversion 0\nefi /EFI/BOOT/BOOTX64.EFI\n"
+	m := stageVolume(t, old)
+	now := kernels("5.2", "5.3", "5.4")
+	now["EFI/BOOT/BOOTX64.EFI"] = fixtures.AsProgram("another boot loader")
+	res := syncMem(t, newMemSource(now), m, Options{Selection: stageSelect, DryRun: true})
+	if res.Err != nil {
+		t.Fatal(res.Err)
+	}
+	if early := earlyPaths(res); slices.Contains(early, "EFI/BOOT/BOOTX64.EFI") {
+		t.Error("between the transactions there is no boot loader:", early)
+	}
+}
+
+// attackUKI is an image that systemd-boot lists, with as many bytes as its text.
+func attackUKI(version string, size int) string {
+	le := binary.LittleEndian
+	const lfanew, opt = 0x80, 0x70
+	b := make([]byte, 0x400)
+	copy(b, "MZ")
+	le.PutUint32(b[0x3C:], lfanew)
+	copy(b[lfanew:], "PE\x00\x00")
+	le.PutUint16(b[lfanew+4:], 0x8664)
+	le.PutUint16(b[lfanew+6:], 4)
+	le.PutUint16(b[lfanew+0x14:], opt)
+	o := b[lfanew+0x18:]
+	le.PutUint16(o, 0x20B)
+	le.PutUint32(o[0x3C:], 0x400)
+	le.PutUint16(o[0x44:], 10)
+	for i, s := range [][2]string{
+		{".osrel", "ID=tok\nPRETTY_NAME=\"Linux " + version + "\"\nVERSION_ID=" + version + "\n"},
+		{".linux", strings.Repeat(version, size/len(version))},
+		{".profile", "ID=main\n"}, {".profile", "ID=rescue\n"},
+	} {
+		h := o[opt+40*i:]
+		copy(h[:8], s[0])
+		for _, at := range []int{8, 16} {
+			le.PutUint32(h[at:], uint32(len(s[1])))
+		}
+		le.PutUint32(h[20:], uint32(len(b)))
+		b = append(b, s[1]...)
+		o = b[lfanew+0x18:]
+	}
+	return string(b)
+}
+
+// A UKI of several profiles was booted by one of them: LoaderEntrySelected is "5.1.efi@rescue".
+func TestAttackStagedBootedProfile(t *testing.T) {
+	tree := func(versions ...string) map[string]string {
+		t := map[string]string{"loader/loader.conf": "timeout 3\n", "EFI/BOOT/BOOTX64.EFI": fixtures.AsProgram("boot loader")}
+		for _, v := range versions {
+			t["EFI/Linux/"+v+".efi"] = attackUKI(v, 438_000)
+		}
+		return t
+	}
+	for booted, goes := range map[string]bool{"": true, "5.1.efi": false, "5.1.efi@rescue": false} {
+		m := stageVolume(t, tree("5.1", "5.2", "5.3"))
+		res := syncMem(t, newMemSource(tree("5.2", "5.3", "5.4")), m, Options{Selection: stageSelect, DryRun: true, BootedEntry: booted})
+		if early := earlyPaths(res); slices.Contains(early, "EFI/Linux/5.1.efi") != goes {
+			t.Errorf("booted %q: first goes %q (%v)", booted, early, res.Err)
+		}
+	}
+}
+
+// A kept type 1 entry names a UKI, which is in the menu by itself too.
+func TestAttackStagedUKIOfEntry(t *testing.T) {
+	tree := func(versions ...string) map[string]string {
+		t := map[string]string{"loader/loader.conf": "timeout 3\n", "EFI/BOOT/BOOTX64.EFI": fixtures.AsProgram("boot loader")}
+		for _, v := range versions {
+			t["EFI/Linux/"+v+".efi"] = fixtures.AsProgram(strings.Repeat(v, 440_000/len(v)))
+		}
+		return t
+	}
+	old := tree("5.1", "5.2", "5.3")
+	old["loader/entries/mine.conf"] = "title mine\nsort-key a\nuki /EFI/Linux/5.1.efi\n"
+	m := stageVolume(t, old)
+	res := syncMem(t, newMemSource(tree("5.2", "5.3", "5.4")), m, Options{Selection: stageSelect, DryRun: true, BootedEntry: "mine.conf"})
+	if early := earlyPaths(res); slices.Contains(early, "EFI/Linux/5.1.efi") && !slices.Contains(early, "loader/entries/mine.conf") {
+		t.Error("the booted entry stays, and what it starts goes first:", early)
+	}
+}
+
+// What is kept does not start: its kernel is missing, or it is for another machine, or it is no program.
+func TestAttackStagedKeepsDeadEntry(t *testing.T) {
+	for name, dead := range map[string]map[string]string{
+		"kernel missing":       {"loader/entries/tok-9.conf": "title dead\nversion 9\nlinux /tok/9/linux\n"},
+		"another architecture": {"loader/entries/tok-9.conf": "title arm\narchitecture aa64\nversion 9\nlinux /tok/9/arm\n", "tok/9/arm": "arm"},
+		"no program":           {"EFI/Linux/zz.efi": ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			m := stageVolume(t, kernels("5.1", "5.2", "5.3"))
+			changes := map[string]*string{}
+			for p, c := range dead {
+				changes[p] = &c
+			}
+			(&aMember{name: "m", guid: guidB, dev: m}).edit(t, changes)
+			res := syncMem(t, newMemSource(kernels("6.1")), m, Options{Selection: stageSelect, DryRun: true})
+			left := 3
+			for _, p := range earlyPaths(res) {
+				if strings.HasPrefix(p, "loader/entries/tok-5") {
+					left--
+				}
+			}
+			t.Log(earlyPaths(res), res.Err)
+			if left == 0 {
+				t.Errorf("after the first transaction nothing starts: %q goes first (%v)", earlyPaths(res), res.Err)
+			}
+		})
+	}
+}
+
+// loader.conf lies on the ESP, and its default is an entry on the XBOOTLDR partition.
+func TestAttackStagedDefaultOnXBOOTLDR(t *testing.T) {
+	boot := stageVolume(t, kernels("5.1", "5.2", "5.3"))
+	esp := newVolume(t, geometries[2])
+	conf := map[string]string{"loader/loader.conf": "default tok-5.1.conf\n", "EFI/BOOT/BOOTX64.EFI": fixtures.AsProgram("boot loader")}
+	attackLoad(t, esp, conf)
+	o := Options{Selection: stageSelect, DryRun: true}
+	res, err := SyncAll(context.Background(), []Job{
+		{newMemSource(kernels("5.2", "5.3", "5.4")), []*Target{{Name: "x", Dev: boot, PartGUID: guidA, Pair: "p"}}, o},
+		{newMemSource(conf), []*Target{{Name: "e", Dev: esp, PartGUID: guidB, Pair: "p"}}, o},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if early := earlyPaths(res[0][0]); slices.Contains(early, "loader/entries/tok-5.1.conf") {
+		t.Error("the default entry goes first:", early)
+	}
+}
+
+// A partner is refused in the plan, when the other one has its journal already.
+func TestAttackRefusedPartnerWritten(t *testing.T) {
+	boot := stageVolume(t, kernels("5.1", "5.2", "5.3"))
+	esp := newVolume(t, geometries[2]) // no journal yet
+	conf := map[string]string{"loader/loader.conf": "timeout 3\n", "EFI/BOOT/BOOTX64.EFI": fixtures.AsProgram("boot loader")}
+	before := bytes.Clone(esp.Bytes())
+	o := Options{Selection: stageSelect}
+	res, err := SyncAll(context.Background(), []Job{
+		{newMemSource(kernels("6.1", "6.2", "6.3", "6.4")), []*Target{{Name: "x", Dev: boot, PartGUID: guidA, Pair: "p"}}, o},
+		{newMemSource(conf), []*Target{{Name: "e", Dev: esp, PartGUID: guidB, Pair: "p"}}, o},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if res[1][0].Outcome == Refused && !bytes.Equal(before, esp.Bytes()) {
+		t.Errorf("refused, and written to: %v", res[1][0].Err)
+	}
+}
+
+// A member is booted between the two transactions of a staged run, and replicates what it has.
+func TestAttackInterimAsSource(t *testing.T) {
+	a, b, c := newMember(t, "a", guidA, geometries[2]), &aMember{name: "b", guid: guidB, dev: stageVolume(t, kernels("5.1", "5.2", "5.3"))}, newMember(t, "c", guidC, geometries[2])
+	attackLoad(t, a.dev, kernels("5.1", "5.2", "5.3"))
+	o := Options{Selection: stageSelect}
+	res, err := a.sync(t, o, b, c)
+	expectResults(t, "first", res, err, InSync, Synced)
+	if b.state(t) == nil {
+		t.Log("no state on b")
+	}
+	attackLoad(t, a.dev, kernels("5.2", "5.3", "5.4"))
+	whole := bytes.Clone(b.dev.Bytes())
+	for n := 0; n < 400; n++ {
+		copy(b.dev.Bytes(), whole)
+		left := n
+		b.via = &stopping{b.dev, &left}
+		if res, err = a.sync(t, o, b); err == nil && res[0].Err == nil {
+			t.Fatal("never between")
+		}
+		b.via = nil
+		if _, err := Recover(context.Background(), b.target(), RecoverOptions{}); err != nil {
+			t.Fatal(err)
+		}
+		if st := b.state(t); st != nil && st.Interim != nil && b.files(t)["loader/entries/tok-5.1.conf"] == "" {
+			break
+		}
+	}
+	res, err = b.sync(t, o, c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c.files(t)["loader/entries/tok-5.1.conf"] == "" {
+		t.Errorf("c lost an entry to the tree between two transactions: %s %+v", res[0].Outcome, res[0].Lineage)
+	}
+	res, err = a.sync(t, o, b, c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, r := range res {
+		if errors.Is(r.Err, ErrDiverged) {
+			t.Errorf("%s has diverged without anybody having changed anything on it: %v", r.Target, r.Err)
+		}
+	}
+}
+
+
+// A target's own esp-sync with long names: what is hashed of its entries explodes.
+func TestAttackCanonicalExplodes(t *testing.T) {
+	text := []byte("options " + strings.Repeat("a ", 4000))
+	set, err := ParseSet("s", []byte("member "+guidA+"\nreplace "+strings.Repeat("n", 40_000)+" "+guidA+" a\n"))
+	if err != nil {
+		t.Skip(err)
+	}
+	if n := len(Canonical(text, set.Texts(guidA))); n > 10<<20 {
+		t.Errorf("%d bytes become %d MB", len(text), n>>20)
+	}
+}
