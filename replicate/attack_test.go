@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"runtime"
 	"slices"
 	"strings"
@@ -407,12 +408,11 @@ func TestAttackStagedUKIOfEntry(t *testing.T) {
 	}
 }
 
-// What is kept does not start: its kernel is missing, or it is for another machine, or it is no program.
+// What is kept does not start: its kernel is missing, or it is for another machine.
 func TestAttackStagedKeepsDeadEntry(t *testing.T) {
 	for name, dead := range map[string]map[string]string{
 		"kernel missing":       {"loader/entries/tok-9.conf": "title dead\nversion 9\nlinux /tok/9/linux\n"},
 		"another architecture": {"loader/entries/tok-9.conf": "title arm\narchitecture aa64\nversion 9\nlinux /tok/9/arm\n", "tok/9/arm": "arm"},
-		"no program":           {"EFI/Linux/zz.efi": ""},
 	} {
 		t.Run(name, func(t *testing.T) {
 			m := stageVolume(t, kernels("5.1", "5.2", "5.3"))
@@ -529,5 +529,180 @@ func TestAttackCanonicalExplodes(t *testing.T) {
 	}
 	if n := len(Canonical(text, set.Texts(guidA))); n > 10<<20 {
 		t.Errorf("%d bytes become %d MB", len(text), n>>20)
+	}
+}
+
+// What one target has by hand lets a stale source overwrite another target, which is refused when it is alone.
+func TestAttackStaleByDetour(t *testing.T) {
+	ms := newMembers(t, geometries[2], nil, "a", "b", "c")
+	a, b, c := ms[0], ms[1], ms[2]
+	tree := func(v string) map[string]string { return withFiles(map[string]string{"EFI/Linux/" + v: v}) }
+	a.write(t, tree("v1"))
+	res, err := a.sync(t, Options{}, b, c)
+	expectResults(t, "first", res, err, Synced, Synced)
+	b.replace(t, tree("v2"))
+	res, err = b.sync(t, Options{}, c) // a is away
+	expectResults(t, "second", res, err, Synced)
+	b.replace(t, tree("v1")) // by a run that was forced, from a directory, for b alone
+	before := bytes.Clone(c.dev.Bytes())
+	res, err = a.sync(t, Options{}, c)
+	expectResults(t, "alone", res, err, ErrStaleSource)
+	copy(c.dev.Bytes(), before)
+	res, err = a.sync(t, Options{}, b, c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c.files(t)["EFI/Linux/v2"] != "v2" {
+		t.Errorf("c, at generation 2, was overwritten by a, at generation 1: %s %+v", res[1].Outcome, res[1].Lineage)
+	}
+}
+
+// The files of the primary are restored from a backup, the state is not: product.md, rule 4, calls a source whose digest
+// stands in the target's history stale.
+func TestAttackRestoredBackup(t *testing.T) {
+	ms := newMembers(t, geometries[2], nil, "a", "b")
+	a, b := ms[0], ms[1]
+	tree := func(v string) map[string]string { return withFiles(map[string]string{"EFI/Linux/" + v: v}) }
+	a.write(t, tree("v1"))
+	res, err := a.sync(t, Options{}, b)
+	expectResults(t, "first", res, err, Synced)
+	a.replace(t, tree("v2"))
+	res, err = a.sync(t, Options{}, b)
+	expectResults(t, "second", res, err, Synced)
+	a.replace(t, tree("v1"))
+	res, err = a.sync(t, Options{}, b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if b.files(t)["EFI/Linux/v2"] != "v2" {
+		t.Errorf("overwritten by a tree that stands in its history: %+v", res[0].Lineage)
+	}
+}
+
+// Many texts of one member, and entries without words: the time to look for them.
+func TestAttackManyTexts(t *testing.T) {
+	file := "member " + guidA + "\n"
+	for i := 0; len(file) < MaxSetSize-80; i++ {
+		file += fmt.Sprintf("replace n%d %s t%04d\n", i, guidA, i)
+	}
+	set, err := ParseSet("s", []byte(file))
+	if err != nil {
+		t.Fatal(err)
+	}
+	text := bytes.Repeat([]byte(" "), maxEntryFile)
+	start := time.Now()
+	Canonical(text, set.Texts(guidA))
+	if d := time.Since(start); d > 100*time.Millisecond {
+		t.Errorf("one entry takes %v", d)
+	}
+}
+
+// Any anchors in the states: no panic, and what is each member's own stays.
+func TestAttackFuzzStates(t *testing.T) {
+	words := []string{"", "/", ".", "..", "EFI", "EFI/LINUX", "EFI/..", "\\", "EFI/ESPMIRROR", "LOADER/RANDOM-SEED", "LOADER", "[", "*", "EFI/MICROSOFT", "GRUB/GRUBENV", "GRUB", "OTHER/X/Y", "LOADER/LOADER.CONF/X", strings.Repeat("A/", 3000)}
+	rng := rand.New(rand.NewPCG(1, 2))
+	some := func() []string {
+		var out []string
+		for range rng.IntN(4) {
+			out = append(out, words[rng.IntN(len(words))])
+		}
+		return out
+	}
+	ms := newMembers(t, geometries[2], nil, "a", "b")
+	a, b := ms[0], ms[1]
+	own := map[string]string{"EFI/Microsoft/Boot/BCD": "b", "grub/grubenv": "b", "loader/random-seed": strings.Repeat("b", 32)}
+	a.write(t, withFiles(map[string]string{"grub/grubenv": "a", "EFI/Microsoft/Boot/BCD": "a", "loader/random-seed": strings.Repeat("a", 32)}))
+	b.write(t, own)
+	res, err := a.sync(t, Options{Selection: defaultSelection}, b)
+	expectResults(t, "first", res, err, Synced)
+	sa, sb := bytes.Clone(a.dev.Bytes()), bytes.Clone(b.dev.Bytes())
+	seen := map[string]bool{}
+	end := time.Now().Add(4 * time.Second)
+	n := 0
+	for ; time.Now().Before(end) && len(seen) < 8; n++ {
+		copy(a.dev.Bytes(), sa)
+		copy(b.dev.Bytes(), sb)
+		for _, m := range ms {
+			if rng.IntN(3) == 0 {
+				continue
+			}
+			st := m.state(t)
+			st.Anchors, st.Named, st.Exclude = append(st.Anchors, some()...), nil, nil
+			if rng.IntN(3) == 0 {
+				st.Named, st.Exclude = some(), some()
+			}
+			if rng.IntN(2) == 0 {
+				st.Rest = []Part{{Anchors: some(), Named: some(), Exclude: some()}}
+			}
+			putMem(t, m.dev, Options{}, File{Path: StatePath, Content: st.Bytes()})
+		}
+		func() {
+			defer func() {
+				if p := recover(); p != nil && !seen[fmt.Sprint(p)] {
+					seen[fmt.Sprint(p)] = true
+					t.Errorf("panic: %v; a %q b %q", p, a.state(t).Anchors, b.state(t).Anchors)
+				}
+			}()
+			_, _ = a.sync(t, Options{Selection: defaultSelection, Force: rng.IntN(2) == 0}, b)
+		}()
+		have := b.files(t)
+		for p, c := range own {
+			if have[p] != c && !seen[p] {
+				seen[p] = true
+				t.Errorf("%s is now %q; a %q, b %q", p, have[p], a.state(t).Anchors, b.state(t).Anchors)
+			}
+		}
+	}
+	t.Log(n, "runs")
+}
+
+// Two entries whose names differ by their counters alone: the bad and the decremented count are copied.
+func TestAttackRivalCounters(t *testing.T) {
+	for _, name := range []string{"x+1-2.conf", "x+0-3.conf"} {
+		m := newVolume(t, geometries[2])
+		res := syncMem(t, newMemSource(withFiles(map[string]string{
+			"loader/entries/x.conf":   "title good\nlinux /EFI/BOOT/BOOTX64.EFI\n",
+			"loader/entries/" + name: "title tried\nlinux /EFI/BOOT/BOOTX64.EFI\noptions b\n",
+		})), m, Options{Selection: testSelect})
+		if res.Err != nil {
+			t.Fatal(res.Err)
+		}
+		if have := (&aMember{name: "m", guid: guidB, dev: m}).files(t); have["loader/entries/"+name] != "" {
+			t.Errorf("the source's own count %s was copied to a target that never booted it", name)
+		}
+	}
+}
+
+// An entry of the target names its kernel by the 8.3 name, as firmware allows: the kernel goes before the entry.
+func TestAttackAliasOrder(t *testing.T) {
+	sel := Options{Selection: Selection{Select: []string{"loader", "EFI/tok"}}}
+	old := withFiles(map[string]string{
+		"EFI/tok/kernel-number-one": "one", "EFI/tok/kernel-number-two": "two",
+		"loader/entries/one.conf": "title one\nlinux /EFI/tok/KERNEL~1\n", "loader/entries/two.conf": "title two\nlinux /EFI/tok/kernel-number-two\n",
+	})
+	m := &aMember{name: "m", guid: guidB, dev: newVolume(t, geometries[2])}
+	m.write(t, old)
+	now := withFiles(map[string]string{"EFI/tok/kernel-number-two": "two", "loader/entries/two.conf": old["loader/entries/two.conf"]})
+	before := bytes.Clone(m.dev.Bytes())
+	for n := 0; ; n++ {
+		copy(m.dev.Bytes(), before)
+		left := n
+		res, err := Sync(context.Background(), newMemSource(now), []*Target{{Name: "m", Dev: &stopping{m.dev, &left}, PartGUID: guidB}}, sel)
+		have := m.files(t)
+		if have["loader/entries/one.conf"] != "" && have["EFI/tok/kernel-number-one"] == "" {
+			t.Fatalf("after %d writes the entry is there, and its kernel is not", n)
+		}
+		if err == nil && res[0].Err == nil {
+			break
+		}
+	}
+}
+
+// The first transaction takes away every entry that goes, where one would make room enough.
+func TestAttackStagedTakesAll(t *testing.T) {
+	m := stageVolume(t, kernels("5.1", "5.2", "5.3"))
+	res := syncMem(t, newMemSource(kernels("6.1")), m, Options{Selection: stageSelect, DryRun: true})
+	if early := earlyPaths(res); len(early) > 2 {
+		t.Errorf("one kernel has to go for one kernel, and first goes %q (%v)", early, res.Err)
 	}
 }
