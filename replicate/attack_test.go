@@ -519,7 +519,6 @@ func TestAttackInterimAsSource(t *testing.T) {
 	}
 }
 
-
 // A target's own esp-sync with long names: what is hashed of its entries explodes.
 func TestAttackCanonicalExplodes(t *testing.T) {
 	text := []byte("options " + strings.Repeat("a ", 4000))
@@ -661,7 +660,7 @@ func TestAttackRivalCounters(t *testing.T) {
 	for _, name := range []string{"x+1-2.conf", "x+0-3.conf"} {
 		m := newVolume(t, geometries[2])
 		res := syncMem(t, newMemSource(withFiles(map[string]string{
-			"loader/entries/x.conf":   "title good\nlinux /EFI/BOOT/BOOTX64.EFI\n",
+			"loader/entries/x.conf":  "title good\nlinux /EFI/BOOT/BOOTX64.EFI\n",
 			"loader/entries/" + name: "title tried\nlinux /EFI/BOOT/BOOTX64.EFI\noptions b\n",
 		})), m, Options{Selection: testSelect})
 		if res.Err != nil {
