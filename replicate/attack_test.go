@@ -480,10 +480,7 @@ func TestAttackInterimAsSource(t *testing.T) {
 	attackLoad(t, a.dev, kernels("5.1", "5.2", "5.3"))
 	o := Options{Selection: stageSelect}
 	res, err := a.sync(t, o, b, c)
-	expectResults(t, "first", res, err, InSync, Synced)
-	if b.state(t) == nil {
-		t.Log("no state on b")
-	}
+	expectResults(t, "first", res, err, Synced, Synced)
 	attackLoad(t, a.dev, kernels("5.2", "5.3", "5.4"))
 	whole := bytes.Clone(b.dev.Bytes())
 	for n := 0; n < 400; n++ {
@@ -501,21 +498,29 @@ func TestAttackInterimAsSource(t *testing.T) {
 			break
 		}
 	}
+	before := [3][]byte{bytes.Clone(a.dev.Bytes()), bytes.Clone(b.dev.Bytes()), bytes.Clone(c.dev.Bytes())}
 	res, err = b.sync(t, o, c)
-	if err != nil {
-		t.Fatal(err)
+	var hint *Hint
+	if !errors.Is(err, ErrSource) || !errors.Is(err, ErrRefused) || !errors.As(err, &hint) || !strings.Contains(hint.Text, "better primary") {
+		t.Errorf("a source that was left between two transactions: %v", err)
 	}
-	if c.files(t)["loader/entries/tok-5.1.conf"] == "" {
-		t.Errorf("c lost an entry to the tree between two transactions: %s %+v", res[0].Outcome, res[0].Lineage)
+	if len(res) != 1 || res[0].Outcome != Refused || c.files(t)["loader/entries/tok-5.1.conf"] == "" || !bytes.Equal(b.dev.Bytes(), before[1]) || !bytes.Equal(c.dev.Bytes(), before[2]) {
+		t.Errorf("refused, and something was written: %+v", res)
 	}
 	res, err = a.sync(t, o, b, c)
-	if err != nil {
-		t.Fatal(err)
+	expectResults(t, "from the whole one", res, err, Synced, Synced)
+	if st := b.state(t); st.Interim != nil || !st.same(a.state(t)) {
+		t.Errorf("b is at %+v, and a at %+v", st, a.state(t))
 	}
-	for _, r := range res {
-		if errors.Is(r.Err, ErrDiverged) {
-			t.Errorf("%s has diverged without anybody having changed anything on it: %v", r.Target, r.Err)
-		}
+
+	for i, m := range []*aMember{a, b, c} {
+		copy(m.dev.Bytes(), before[i])
+	}
+	o.Force = true
+	res, err = b.sync(t, o, c)
+	expectResults(t, "forced", res, err, Synced)
+	if c.files(t)["loader/entries/tok-5.1.conf"] != "" || b.state(t).Interim != nil {
+		t.Error("forced, and the tree did not go to c as a generation")
 	}
 }
 
@@ -553,6 +558,39 @@ func TestAttackStaleByDetour(t *testing.T) {
 	}
 	if c.files(t)["EFI/Linux/v2"] != "v2" {
 		t.Errorf("c, at generation 2, was overwritten by a, at generation 1: %s %+v", res[1].Outcome, res[1].Lineage)
+	}
+	expectResults(t, "with b", res, err, InSync, ErrStaleSource)
+	if ga, gb := a.state(t).Generation, b.state(t).Generation; ga != 1 || gb != 2 {
+		t.Errorf("a is at generation %d now, and b at %d", ga, gb)
+	}
+	// Nor does what a has noted change that the next time.
+	res, err = a.sync(t, Options{}, b, c)
+	expectResults(t, "again", res, err, InSync, ErrStaleSource)
+
+	// A source that has lost its state, and one that is of another branch.
+	before = bytes.Clone(a.dev.Bytes())
+	a.edit(t, map[string]*string{"EFI/espmirror/state": nil})
+	res, err = a.sync(t, Options{}, b, c)
+	expectResults(t, "without a state", res, err, InSync, ErrDiverged)
+	if a.state(t) != nil {
+		t.Error("a began a lineage of its own")
+	}
+	copy(a.dev.Bytes(), before)
+	d := newMember(t, "d", "6f0c5c7e-0000-4000-8000-00000000000d", geometries[2])
+	a.replace(t, tree("v3"))
+	res, err = a.sync(t, Options{}, d)
+	expectResults(t, "branch", res, err, Synced)
+	b.replace(t, tree("v3"))
+	res, err = a.sync(t, Options{}, b, c)
+	expectResults(t, "from the branch", res, err, InSync, ErrDiverged)
+
+	// It is for a person to say which one wins.
+	res, err = a.sync(t, Options{Force: true}, b, c)
+	expectResults(t, "forced", res, err, Synced, Synced)
+	for _, m := range ms {
+		if !m.state(t).same(a.state(t)) {
+			t.Errorf("%s is at %+v", m.name, m.state(t))
+		}
 	}
 }
 
