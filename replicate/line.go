@@ -213,7 +213,13 @@ func (s *side) item(it *Item) *Item {
 func (r *run) unread(s *side) bool {
 	l := r.line
 	return l != nil && r.opt.Fingerprint && l.state != nil && s.state != nil && s.state.same(l.state) && len(s.gone) == 0 &&
-		l.fp != noFingerprint && s.state.Source == l.fp && s.state.Own != noFingerprint && s.state.Own == fingerprint(s.tree, r.sel)
+		l.fp != noFingerprint && s.state.Source == l.fp && s.state.Own != noFingerprint && s.state.Own == r.ownPrint(s, s.tree)
+}
+
+// ownPrint is the fingerprint of a target's tree, with the words of both members: those of an XBOOTLDR partition stand in
+// the set file of the ESP, which the fingerprint of neither volume covers.
+func (r *run) ownPrint(s *side, tree *fatdriver.Tree) string {
+	return fingerprint(tree, r.sel, r.texts(r.opt.SourceGUID), r.texts(s.t.guid()))
 }
 
 // judge decides for each target whether the source may replace what it has, and which generation the run brings.
@@ -757,7 +763,7 @@ func (r *run) foretold(s *side) error {
 	if err := r.scan(d); err != nil {
 		return fmt.Errorf("internal error: the plan leads to a damaged tree: %w", err)
 	}
-	s.record.Own = fingerprint(d.tree, r.sel)
+	s.record.Own = r.ownPrint(s, d.tree)
 	text := s.record.Bytes()
 	if len(text) != len(s.file.data) {
 		return errors.New("internal error: the state file changed its size")
