@@ -260,24 +260,29 @@ func TestAttackFingerprintWords(t *testing.T) {
 
 // A word that stands often in an entry, and a long text for it.
 func TestAttackWordsExplode(t *testing.T) {
-	from, to := map[string]string{"n": "a"}, map[string]string{"n": strings.Repeat("b", 40_000)}
-	if _, err := ParseSet("s", []byte("member "+guidA+"\nmember "+guidB+"\nreplace n "+guidA+" a\nreplace n "+guidB+" "+to["n"]+"\n")); err != nil {
-		t.Skip(err)
+	set := func(n int) string {
+		return "member " + guidA + "\nmember " + guidB + "\nreplace n " + guidA + " a\nreplace n " + guidB + " " + strings.Repeat("b", n) + "\n"
+	}
+	if _, err := ParseSet("s", []byte(set(maxText+1))); !errors.Is(err, ErrSet) || !strings.Contains(err.Error(), "line 4: ") {
+		t.Errorf("a text of more than %d bytes: %v", maxText, err)
 	}
 	ms := newMembers(t, geometries[2], nil, "a", "b")
 	a, b := ms[0], ms[1]
 	a.write(t, withFiles(map[string]string{
-		"loader/entries/x.conf": "title x\nlinux /EFI/BOOT/BOOTX64.EFI\noptions " + strings.Repeat("a ", 4000), // 32,000 would fit
-		"loader/esp-sync":       "member " + guidA + "\nmember " + guidB + "\nreplace n " + guidA + " a\nreplace n " + guidB + " " + to["n"] + "\n",
+		"loader/entries/x.conf": "title x\nlinux /EFI/BOOT/BOOTX64.EFI\noptions " + strings.Repeat("a ", 32_000),
+		"loader/esp-sync":       set(maxText),
 	}))
 	var before, after runtime.MemStats
 	runtime.ReadMemStats(&before)
 	res, err := a.sync(t, Options{}, b)
 	runtime.ReadMemStats(&after)
-	if used := after.TotalAlloc - before.TotalAlloc; used > 100<<20 {
-		t.Errorf("an entry of 8 KB and a set file of 40 KB took %d MB: %v %v", used>>20, res, err)
+	expectResults(t, "too long", res, err, ErrRefused)
+	if !strings.Contains(res[0].Err.Error(), "more than 65536 bytes") {
+		t.Error(res[0].Err)
 	}
-	_ = from
+	if used := after.TotalAlloc - before.TotalAlloc; used > 20<<20 {
+		t.Errorf("an entry of 64 KB and a text of 4 KB took %d MB: %v", used>>20, res)
+	}
 }
 
 // The same anchor thousands of times in the state of a target: each file is read as often.
@@ -526,12 +531,18 @@ func TestAttackInterimAsSource(t *testing.T) {
 
 // A target's own esp-sync with long names: what is hashed of its entries explodes.
 func TestAttackCanonicalExplodes(t *testing.T) {
-	text := []byte("options " + strings.Repeat("a ", 4000))
-	set, err := ParseSet("s", []byte("member "+guidA+"\nreplace "+strings.Repeat("n", 40_000)+" "+guidA+" a\n"))
-	if err != nil {
-		t.Skip(err)
+	text := []byte("options " + strings.Repeat("a ", maxEntryFile/2))
+	set := func(n int) (*Set, error) {
+		return ParseSet("s", []byte("member "+guidA+"\nreplace "+strings.Repeat("n", n)+" "+guidA+" a\n"))
 	}
-	if n := len(Canonical(text, set.Texts(guidA))); n > 10<<20 {
+	if _, err := set(maxName + 1); !errors.Is(err, ErrSet) || !strings.Contains(err.Error(), "line 2: ") {
+		t.Errorf("a name of more than %d bytes: %v", maxName, err)
+	}
+	s, err := set(maxName)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := len(Canonical(text, s.Texts(guidA))); n > 4<<20 {
 		t.Errorf("%d bytes become %d MB", len(text), n>>20)
 	}
 }
@@ -626,11 +637,13 @@ func TestAttackManyTexts(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	text := bytes.Repeat([]byte(" "), maxEntryFile)
-	start := time.Now()
-	Canonical(text, set.Texts(guidA))
-	if d := time.Since(start); d > 100*time.Millisecond {
-		t.Errorf("one entry takes %v", d)
+	for _, word := range []string{" ", "a ", "t0001x ", "t"} {
+		text := bytes.Repeat([]byte(word), maxEntryFile/len(word))
+		start := time.Now()
+		Canonical(text, set.Texts(guidA))
+		if d := time.Since(start); d > 100*time.Millisecond {
+			t.Errorf("one entry of %q takes %v", word, d)
+		}
 	}
 }
 

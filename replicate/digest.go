@@ -1,6 +1,7 @@
 package replicate
 
 import (
+	"bufio"
 	"crypto/sha256"
 	"encoding/binary"
 	"encoding/hex"
@@ -38,7 +39,13 @@ func treeDigest(src Source, sel *selection, texts map[string]string, without fun
 			if err != nil {
 				return err
 			}
-			sum = sha256.Sum256(Canonical(text, texts))
+			h := sha256.New()
+			w := bufio.NewWriter(h)
+			canonicalTo(w, text, texts)
+			if err := w.Flush(); err != nil {
+				return err
+			}
+			h.Sum(sum[:0])
 		} else {
 			var err error
 			if sum, err = hash(it); err != nil {

@@ -1,6 +1,7 @@
 package replicate
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -180,17 +181,18 @@ func (r *run) adapt() error {
 			if err != nil {
 				return err
 			}
+			out := Rewrite(text, from, to)
+			if len(out) > maxEntryFile {
+				s.fail(refusal{fmt.Errorf("cannot sync %s: %s with the texts of this member would have more than %d bytes, and no more are read of an entry",
+					s.t.Name, f.Path, maxEntryFile)})
+				break
+			}
 			if !Faithful(text, from, to) {
 				s.fail(refusal{fmt.Errorf("cannot sync %s: %s names the text of both members, which %s tells apart: on the target they would be alike",
 					s.t.Name, f.Path, SetPath)})
 				break
 			}
-			if out := Rewrite(text, from, to); string(out) != string(text) {
-				if len(out) > maxEntryFile {
-					s.fail(refusal{fmt.Errorf("cannot sync %s: %s with the texts of this member would have %d bytes, and entries are read up to %d",
-						s.t.Name, f.Path, len(out), maxEntryFile)})
-					break
-				}
+			if !bytes.Equal(out, text) {
 				e := *f
 				e.data, e.Size = out, int64(len(out))
 				s.items[f] = &e
