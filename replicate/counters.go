@@ -59,17 +59,27 @@ func keys(dir string, names []string) []string {
 func places(it *Item, old *fatdriver.Node, at string) map[*Item]*fatdriver.Node {
 	out := map[*Item]*fatdriver.Node{}
 	taken := map[*fatdriver.Node]bool{}
+	pair := func(c *Item, n *fatdriver.Node) {
+		if out[c] == nil && n != nil && !taken[n] {
+			out[c], taken[n] = n, true
+		}
+	}
 	byName := make(map[string]*fatdriver.Node, len(old.Children))
 	for _, n := range slices.Backward(old.Children) { // of two equal names the first, as lookup has it
 		byName[fatdriver.Fold(n.Name())] = n
 	}
 	for _, c := range it.Children {
-		if n := byName[fatdriver.Fold(c.Name)]; n != nil && !taken[n] {
-			out[c], taken[n] = n, true
-		}
+		pair(c, byName[fatdriver.Fold(c.Name)])
 	}
 	if !counts(at) {
 		return out
+	}
+	byKey := map[string][]*fatdriver.Node{}
+	for _, n := range old.Children {
+		if !n.IsDir() {
+			k := entryKey(at, n.Name())
+			byKey[k] = append(byKey[k], n)
+		}
 	}
 	names := make([]string, len(it.Children))
 	for i, c := range it.Children {
@@ -80,31 +90,46 @@ func places(it *Item, old *fatdriver.Node, at string) map[*Item]*fatdriver.Node 
 		if out[c] != nil || c.Dir {
 			continue
 		}
-		for _, n := range old.Children {
-			if !n.IsDir() && !taken[n] && entryKey(at, n.Name()) == key {
-				out[c], taken[n] = n, true
-				break
-			}
+		free := byKey[key]
+		for len(free) > 0 && taken[free[0]] {
+			free = free[1:]
+		}
+		if byKey[key] = free; len(free) > 0 {
+			pair(c, free[0])
 		}
 	}
 	return out
 }
 
-// inPlace finds what the target has in the place of an item that lies in the selection.
-func inPlace(src Source, tree *fatdriver.Tree, it *Item) *fatdriver.Node {
-	if n := lookup(tree.Root, it.Path); n != nil || it.Dir || !counts(path.Dir(it.Path)) {
+// inPlace finds what a target has in the place of an item that lies in the selection. What is worked out for a directory
+// is kept until the target is scanned again.
+func (r *run) inPlace(s *side, it *Item) *fatdriver.Node {
+	at := path.Dir(it.Path)
+	if n := lookup(s.tree.Root, it.Path); n != nil || it.Dir || !counts(at) {
 		return n
 	}
-	dir, old := src.Root().lookup(path.Dir(it.Path)), lookup(tree.Root, path.Dir(it.Path))
-	if dir == nil || old == nil || !old.IsDir() {
-		return nil
+	if s.placed.tree != s.tree {
+		s.placed = placed{s.tree, map[string]map[string]*fatdriver.Node{}}
 	}
-	for c, n := range places(dir, old, dir.Path) {
-		if c.Path == it.Path {
-			return n
+	k := fatdriver.Fold(at)
+	in, ok := s.placed.dirs[k]
+	if !ok {
+		dir, old := r.src.Root().lookup(at), lookup(s.tree.Root, at)
+		in = map[string]*fatdriver.Node{}
+		if dir != nil && old != nil && old.IsDir() {
+			for c, n := range places(dir, old, dir.Path) {
+				in[c.Path] = n
+			}
 		}
+		s.placed.dirs[k] = in
 	}
-	return nil
+	return in[it.Path]
+}
+
+// placed is what inPlace knows of a tree: by the source's directory, folded, and path.
+type placed struct {
+	tree *fatdriver.Tree
+	dirs map[string]map[string]*fatdriver.Node
 }
 
 // placeName is the name under which a file of the source goes to the target. A boot that was counted on the source says

@@ -63,7 +63,7 @@ func (r *run) wants(s *side, staged bool) ([]switchPoint, []Change, error) {
 		if at == len(parts)-1 {
 			old := childNode(parent, parts[at])
 			if old == nil && it != nil {
-				old = inPlace(r.src, s.tree, it)
+				old = r.inPlace(s, it)
 			}
 			w, err := b.top(it, old, a)
 			if err != nil {
