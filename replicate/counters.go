@@ -81,6 +81,7 @@ func places(it *Item, old *fatdriver.Node, at string) map[*Item]*fatdriver.Node 
 			byKey[k] = append(byKey[k], n)
 		}
 	}
+	pairRivals(it, byName, byKey, out, taken, pair)
 	names := make([]string, len(it.Children))
 	for i, c := range it.Children {
 		names[i] = c.Name
@@ -99,6 +100,41 @@ func places(it *Item, old *fatdriver.Node, at string) map[*Item]*fatdriver.Node 
 		}
 	}
 	return out
+}
+
+// pairRivals pairs files whose names differ by their counters alone with what the target has under the names that they have
+// there when they are new; and where one of them is left, and one of the target's, that one has been booted there since.
+func pairRivals(it *Item, byName map[string]*fatdriver.Node, byKey map[string][]*fatdriver.Node, out map[*Item]*fatdriver.Node, taken map[*fatdriver.Node]bool, pair func(*Item, *fatdriver.Node)) {
+	goals := rivals(it)
+	reserved := map[string]bool{}
+	for _, c := range it.Children {
+		goal := goals[c]
+		if goal == "" || c.Dir {
+			continue
+		}
+		reserved[fatdriver.Fold(goal)] = true
+		if n := byName[fatdriver.Fold(goal)]; n != nil && !n.IsDir() {
+			pair(c, n)
+		}
+	}
+	left := map[string][]*Item{}
+	for _, c := range it.Children {
+		if goals[c] != "" && !c.Dir && out[c] == nil {
+			k := entryKey(it.Path, c.Name)
+			left[k] = append(left[k], c)
+		}
+	}
+	for k, items := range left {
+		var free []*fatdriver.Node
+		for _, n := range byKey[k] {
+			if !taken[n] && !reserved[fatdriver.Fold(n.Name())] {
+				free = append(free, n)
+			}
+		}
+		if len(items) == 1 && len(free) == 1 {
+			pair(items[0], free[0])
+		}
+	}
 }
 
 // inPlace finds what a target has in the place of an item that lies in the selection. What is worked out for a directory
@@ -134,17 +170,22 @@ type placed struct {
 
 // placeName is the name under which a file of the source goes to the target. A boot that was counted on the source says
 // nothing of the target: what is the same file there keeps its own count, what is new begins with the first one. What
-// has proved good is good everywhere. A rival is one of two files whose names differ by their counters alone.
-func placeName(it *Item, old *fatdriver.Node, same, rival bool) string {
+// has proved good is good everywhere. goal is what rivals says of the file, "" when it has none.
+func placeName(it *Item, old *fatdriver.Node, same bool, goal string) string {
 	n, ok := counted(path.Dir(it.Path), it.Name)
 	switch {
 	case !ok || n.State() == bls.Good:
 		return it.Name
 	case same && old != nil && entryKey(path.Dir(it.Path), old.Name()) == entryKey(path.Dir(it.Path), it.Name):
 		return old.Name()
-	case rival:
-		return it.Name // with the first count both might have one name
+	case goal != "":
+		return goal
 	}
+	return firstCount(n)
+}
+
+// firstCount is the name of an entry with the count that it began with.
+func firstCount(n bls.Name) string {
 	name := n.Initial()
 	if first, ok := bls.ParseName(name); ok && first.State() == bls.Bad {
 		// "+0" does not say how many tries there were. What was never tried here gets one.
@@ -159,19 +200,30 @@ func placeName(it *Item, old *fatdriver.Node, same, rival bool) string {
 	return name
 }
 
-// rivals says which files of a directory have names that differ from another one's by their counters alone.
-func rivals(it *Item) map[*Item]bool {
-	out := map[*Item]bool{}
+// rivals finds the files of a directory whose names differ from another one's by their counters alone, and says under which
+// name each of them is new on a target: with its first count, unless another one has that name.
+func rivals(it *Item) map[*Item]string {
+	out := map[*Item]string{}
 	if !counts(it.Path) {
 		return out
 	}
-	first := map[string]*Item{}
+	seen, have := map[string]int{}, map[string]bool{}
 	for _, c := range it.Children {
-		k := entryKey(it.Path, c.Name)
-		if o := first[k]; o != nil {
-			out[o], out[c] = true, true
-		} else {
-			first[k] = c
+		seen[entryKey(it.Path, c.Name)]++
+		have[fatdriver.Fold(c.Name)] = true
+	}
+	for _, c := range it.Children {
+		if seen[entryKey(it.Path, c.Name)] < 2 {
+			continue
+		}
+		out[c] = c.Name
+		n, ok := counted(it.Path, c.Name)
+		if !ok || c.Dir || n.State() == bls.Good {
+			continue
+		}
+		if first := firstCount(n); !have[fatdriver.Fold(first)] {
+			out[c] = first
+			have[fatdriver.Fold(first)] = true
 		}
 	}
 	return out

@@ -22,7 +22,7 @@ type switchPoint struct {
 // another name for files that the target's loader entries refer to: those must be found under their old name until the
 // entries have switched, and under the new one from then on.
 func (r *run) wants(s *side, staged bool) ([]switchPoint, []Change, error) {
-	b := &wantBuilder{r: r, s: s, rivals: map[*Item]bool{}}
+	b := &wantBuilder{r: r, s: s, rivals: map[*Item]string{}}
 	if staged {
 		b.stay = referred(s.tree)
 	}
@@ -114,7 +114,7 @@ type wantBuilder struct {
 	stay    func(p string) bool // files of the target that must not be renamed; nil when all may be
 	changes []Change
 	from    map[string]bool // paths that were renamed away
-	rivals  map[*Item]bool
+	rivals  map[*Item]string
 }
 
 func (b *wantBuilder) change(op, p, from string, dir bool, size int64) {
