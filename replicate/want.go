@@ -329,7 +329,16 @@ func referred(tree *fatdriver.Tree) func(p string) bool {
 			return func(string) bool { return true }
 		}
 		for _, p := range paths {
-			set[fatdriver.Fold(strings.Join(fatdriver.SplitPath(p), "/"))] = true
+			parts := fatdriver.SplitPath(p)
+			set[fatdriver.Fold(strings.Join(parts, "/"))] = true
+			// Firmware opens a file by its 8.3 name too.
+			at := tree.Root
+			for i := 0; i < len(parts) && at != nil; i++ {
+				at = at.Child(parts[i])
+			}
+			if at != nil {
+				set[fatdriver.Fold(at.Path())] = true
+			}
 		}
 	}
 	return func(p string) bool { return set[fatdriver.Fold(p)] }
