@@ -41,7 +41,7 @@ var ErrSet = errors.New("cannot read the replica set file")
 //	member GUID               an ESP of the set, by its partition GUID; a GUID alone on a line means the same
 //	select PATH               in place of the default selection; may be repeated, as may the next one
 //	exclude PATH-OR-PATTERN
-//	replace NAME GUID TEXT    what stands for NAME in the loader entries of that member
+//	replace NAME GUID TEXT    what stands for NAME in the loader entries of that member; 64 bytes and 4 KiB at most
 //	timeout TIME              how long to wait for members: 10s, 2min, a number of seconds
 //	keep-free SIZE            what must stay free on each member: 16M, 1G
 //
