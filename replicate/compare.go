@@ -45,7 +45,7 @@ func (r *run) compare(ctx context.Context) error {
 		var cand []*side
 		var nodes []*fatdriver.Node
 		for _, s := range live {
-			n, e := inPlace(r.src, s.tree, f), s.item(f)
+			n, e := r.inPlace(s, f), s.item(f)
 			if n == nil || n.IsDir() || n.Size() != e.Size {
 				continue
 			}

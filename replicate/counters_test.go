@@ -60,7 +60,7 @@ func TestCounters(t *testing.T) {
 		{"two of one key on the target", map[string]string{"a": x}, map[string]string{"a+3-0": y, "a+2-1": x}, map[string]string{"a": x}, false},
 		{"two of one key on the target, and the source is tried", map[string]string{"a+2-1": x}, map[string]string{"a+3-0": y, "a": y}, map[string]string{"a+3-0": x}, true},
 		{"two of one key on the source", map[string]string{"a+3-0": x, "a+2-1": y}, nil, map[string]string{"a+3-0": x, "a+2-1": y}, true},
-		{"two of one key on the source, one good", map[string]string{"a": x, "a+2-1": y}, map[string]string{"a+3-0": x}, map[string]string{"a": x, "a+2-1": y}, true},
+		{"two of one key on the source, one good", map[string]string{"a": x, "a+2-1": y}, map[string]string{"a+3-0": x}, map[string]string{"a": x, "a+3-0": y}, true},
 		{"no counter after all", map[string]string{"a+b": x}, map[string]string{"a": x}, map[string]string{"a+b": x}, false},
 		{"renamed and tried", map[string]string{"b+2-1": x}, map[string]string{"a+1-2": x}, map[string]string{"b+3-0": x}, false},
 	} {

@@ -1,10 +1,12 @@
 package replicate
 
 import (
+	"bufio"
 	"crypto/sha256"
 	"encoding/binary"
 	"encoding/hex"
 	"fmt"
+	"maps"
 	"path"
 	"slices"
 	"strings"
@@ -37,7 +39,13 @@ func treeDigest(src Source, sel *selection, texts map[string]string, without fun
 			if err != nil {
 				return err
 			}
-			sum = sha256.Sum256(Canonical(text, texts))
+			h := sha256.New()
+			w := bufio.NewWriter(h)
+			canonicalTo(w, text, texts)
+			if err := w.Flush(); err != nil {
+				return err
+			}
+			h.Sum(sum[:0])
 		} else {
 			var err error
 			if sum, err = hash(it); err != nil {
@@ -83,8 +91,8 @@ func hasWords(it *Item) bool {
 
 // fingerprint is a hash over what a volume's directories say of the selected files, and where these lie: it changes with
 // every change that does not write into the clusters of a file in place, and takes no reading of files. Dates of last
-// access are left out, they change by reading.
-func fingerprint(tree *fatdriver.Tree, sel *selection) string {
+// access are left out, they change by reading. texts are what else the comparison goes by; without any they add nothing.
+func fingerprint(tree *fatdriver.Tree, sel *selection, texts ...map[string]string) string {
 	h := sha256.New()
 	fmt.Fprintf(h, "espmirror fingerprint 1\n")
 	h.Write(tree.Volume().Identity())
@@ -126,6 +134,15 @@ func fingerprint(tree *fatdriver.Tree, sel *selection) string {
 	for _, a := range anchors {
 		if n := lookup(tree.Root, a); n != nil {
 			add(n, a)
+		}
+	}
+	for i, m := range texts {
+		for _, name := range slices.Sorted(maps.Keys(m)) {
+			put(uint64(i))
+			for _, t := range []string{name, m[name]} {
+				put(uint64(len(t)))
+				h.Write([]byte(t))
+			}
 		}
 	}
 	return hex.EncodeToString(h.Sum(nil))

@@ -1,6 +1,7 @@
 package replicate
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -180,17 +181,18 @@ func (r *run) adapt() error {
 			if err != nil {
 				return err
 			}
+			out := Rewrite(text, from, to)
+			if len(out) > maxEntryFile {
+				s.fail(refusal{fmt.Errorf("cannot sync %s: %s with the texts of this member would have more than %d bytes, and no more are read of an entry",
+					s.t.Name, f.Path, maxEntryFile)})
+				break
+			}
 			if !Faithful(text, from, to) {
 				s.fail(refusal{fmt.Errorf("cannot sync %s: %s names the text of both members, which %s tells apart: on the target they would be alike",
 					s.t.Name, f.Path, SetPath)})
 				break
 			}
-			if out := Rewrite(text, from, to); string(out) != string(text) {
-				if len(out) > maxEntryFile {
-					s.fail(refusal{fmt.Errorf("cannot sync %s: %s with the texts of this member would have %d bytes, and entries are read up to %d",
-						s.t.Name, f.Path, len(out), maxEntryFile)})
-					break
-				}
+			if !bytes.Equal(out, text) {
 				e := *f
 				e.data, e.Size = out, int64(len(out))
 				s.items[f] = &e
@@ -213,7 +215,13 @@ func (s *side) item(it *Item) *Item {
 func (r *run) unread(s *side) bool {
 	l := r.line
 	return l != nil && r.opt.Fingerprint && l.state != nil && s.state != nil && s.state.same(l.state) && len(s.gone) == 0 &&
-		l.fp != noFingerprint && s.state.Source == l.fp && s.state.Own != noFingerprint && s.state.Own == fingerprint(s.tree, r.sel)
+		l.fp != noFingerprint && s.state.Source == l.fp && s.state.Own != noFingerprint && s.state.Own == r.ownPrint(s, s.tree)
+}
+
+// ownPrint is the fingerprint of a target's tree, with the words of both members: those of an XBOOTLDR partition stand in
+// the set file of the ESP, which the fingerprint of neither volume covers.
+func (r *run) ownPrint(s *side, tree *fatdriver.Tree) string {
+	return fingerprint(tree, r.sel, r.texts(r.opt.SourceGUID), r.texts(s.t.guid()))
 }
 
 // judge decides for each target whether the source may replace what it has, and which generation the run brings.
@@ -257,6 +265,9 @@ func (r *run) judge() error {
 			in.Generation, in.Last = s.state.Generation, s.state.UpdatedAt()
 		}
 		if r.alike(s) {
+			if r.opt.Force && s.apart(base, now) {
+				over = max(over, in.Generation)
+			}
 			continue
 		}
 		why := ""
@@ -296,6 +307,12 @@ func (r *run) judge() error {
 			s.res.Lineage.Base = base.Generation
 		}
 		if s.res.Err != nil {
+			continue
+		}
+		if !r.opt.Force && s.res.Lineage.Verdict == Equal && s.apart(base, now) {
+			// Told of the source's generation it would forget its own, which other members may be at.
+			r.log.Warn("the target has the source's tree, but is at a generation that the source does not know; it keeps that",
+				"target", s.t.Name, "generation", s.state.Generation)
 			continue
 		}
 		left++
@@ -394,27 +411,54 @@ func (r *run) digest(sel *selection) (Digest, error) {
 	return treeDigest(r.src, sel, r.texts(r.opt.SourceGUID), nil, r.hash)
 }
 
-// base is the generation that the source started from, and whether it was changed since. A target with the same tree
-// may know better than the source itself: when a run was cut before the source could note it, or when the source was
-// away and came to the same by another way. Then the source has gone on from the target's generation too.
+// between refuses a source that was left between the two transactions of a run: nobody made that tree, it only lacks what
+// made room for the rest. Taken for a change, it would go to the other members as a generation of its own.
+func (r *run) between(st *State, now Digest) error {
+	if st.Interim == nil || now != *st.Interim || now == st.Digest {
+		return nil
+	}
+	err := &Hint{
+		refusal{fmt.Errorf("%w: %s was left between two steps of a run, and lacks what the first one removed", ErrSource, r.src.Name())},
+		"replicate from another member, which is the better primary: that completes it; --force takes what is there for the whole",
+	}
+	if r.opt.Force {
+		r.log.Warn("forced", "source", r.src.Name(), "overruled", err.Error())
+		return nil
+	}
+	return err
+}
+
+// apart says whether a target that has the source's tree is at a generation that the source does not follow from: its
+// tree was changed by hand since. base is the source's generation, now what the run makes of it.
+func (s *side) apart(base, now *State) bool {
+	return s.state != nil && (base == nil || s.state.Lineage == base.Lineage && !base.knows(s.state.past())) && s.state.sameSelection(now)
+}
+
+// base is the generation that the source started from, and whether it was changed since. A target with the same tree,
+// as its last run left it, may know better than the source itself: when a run was cut before the source could note it,
+// or when the source was away and came to the same by another way. Then the source has gone on from the target's
+// generation too.
 func (r *run) base(sides []*side) (*State, bool, error) {
-	fits := func(st *State) (bool, error) {
+	of := func(st *State) (Digest, error) {
 		sel, err := st.selection()
 		if err != nil {
-			return false, err
+			return Digest{}, err
 		}
-		d, err := r.digest(sel)
-		return d == st.Digest, err
+		return r.digest(sel)
 	}
 	base := r.line.state
 	changed := false
 	if base != nil {
-		ok, err := fits(base)
+		d, err := of(base)
 		if err != nil {
 			return nil, false, err
 		}
-		changed = !ok
+		changed = d != base.Digest
+		if err := r.between(base, d); err != nil {
+			return nil, false, err
+		}
 	}
+	edited := changed // by the source's own state
 	sel := &State{}
 	sel.setSelection(r.sel)
 	for _, s := range sides {
@@ -422,12 +466,19 @@ func (r *run) base(sides []*side) (*State, bool, error) {
 		if st == nil || !r.alike(s) || base != nil && (st.Lineage != base.Lineage || base.knows(st.past())) {
 			continue
 		}
-		ok, err := fits(st)
+		d, err := of(st)
 		if err != nil {
 			return nil, false, err
 		}
+		ok := d == st.Digest
 		if !ok && !st.sameSelection(sel) {
 			continue // it may know of changes where this run does not look
+		}
+		if !ok && (base != nil && !edited || slices.ContainsFunc(st.Past, func(p Past) bool { return p.Digest == d })) {
+			// Not the same was done to both by hand: this target alone was made what the source still is, or was set back
+			// to what its line has left behind. Of the generations since, at which other targets may be, the source knows
+			// no more for that.
+			continue
 		}
 		if base == nil || st.knows(base.past()) {
 			base, changed = st, !ok
@@ -714,7 +765,7 @@ func (r *run) foretold(s *side) error {
 	if err := r.scan(d); err != nil {
 		return fmt.Errorf("internal error: the plan leads to a damaged tree: %w", err)
 	}
-	s.record.Own = fingerprint(d.tree, r.sel)
+	s.record.Own = r.ownPrint(s, d.tree)
 	text := s.record.Bytes()
 	if len(text) != len(s.file.data) {
 		return errors.New("internal error: the state file changed its size")

@@ -5,6 +5,7 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"io"
 	"maps"
 	"math"
 	"path"
@@ -23,6 +24,13 @@ const SetPath = "loader/esp-sync"
 // MaxSetSize bounds the replica set file, in bytes.
 const MaxSetSize = 64 << 10
 
+// maxName and maxText bound NAME and TEXT of a replace line, in bytes. A kernel's whole command line has 4 KiB at most; and
+// as both stand in the place of one another as often as a loader entry has room for, what comes of one must stay small.
+const (
+	maxName = 64
+	maxText = 4 << 10
+)
+
 // ErrSet is returned when a replica set file cannot be meant as it is. Who cannot read the set must not write.
 var ErrSet = errors.New("cannot read the replica set file")
 
@@ -33,7 +41,7 @@ var ErrSet = errors.New("cannot read the replica set file")
 //	member GUID               an ESP of the set, by its partition GUID; a GUID alone on a line means the same
 //	select PATH               in place of the default selection; may be repeated, as may the next one
 //	exclude PATH-OR-PATTERN
-//	replace NAME GUID TEXT    what stands for NAME in the loader entries of that member
+//	replace NAME GUID TEXT    what stands for NAME in the loader entries of that member; 64 bytes and 4 KiB at most
 //	timeout TIME              how long to wait for members: 10s, 2min, a number of seconds
 //	keep-free SIZE            what must stay free on each member: 16M, 1G
 //
@@ -280,6 +288,12 @@ func (s *Set) readReplace(l *setLine, rest string, n int, firsts map[string]int)
 	if name == "" || name[0] == '#' || guid == "" || text == "" {
 		return errors.New("replace: it takes a name, the GUID of a member, and a text")
 	}
+	if len(name) > maxName {
+		return fmt.Errorf("replace: the name has %d bytes, at most %d are read", len(name), maxName)
+	}
+	if len(text) > maxText {
+		return fmt.Errorf("replace: the text for %s has %d bytes, at most %d are read", name, len(text), maxText)
+	}
 	if strings.ContainsFunc(name, func(r rune) bool {
 		return r >= 0x80 || !unicode.IsLetter(r) && !unicode.IsDigit(r) && !strings.ContainsRune("._-", r)
 	}) {
@@ -519,38 +533,56 @@ func wordByte(b byte) bool {
 // namedText is a text with what it stands for.
 type namedText struct{ name, text string }
 
+// word is the length of the word that a text begins with, 0 where it begins with another byte.
+func word[T string | []byte](s T) int {
+	n := 0
+	for n < len(s) && wordByte(s[n]) {
+		n++
+	}
+	return n
+}
+
 // eachText calls found for every text in its place, from the left and the longest one first, and other for every byte
-// between them.
-func eachText(text []byte, texts map[string]string, found func(namedText), other func(byte)) {
-	var order []namedText
+// between them, until one of them returns false.
+func eachText(text []byte, texts map[string]string, found func(namedText) bool, other func(byte) bool) {
+	// A text stands only where a word of the entry begins that is its own first word, or else a byte that is its first
+	// one. So few are to be compared, however many a member has.
+	first := map[string][]namedText{}
 	for name, t := range texts {
 		if t != "" {
-			order = append(order, namedText{name, t})
+			k := t[:max(1, word(t))]
+			first[k] = append(first[k], namedText{name, t})
 		}
 	}
-	slices.SortFunc(order, func(a, b namedText) int {
-		return cmp.Or(cmp.Compare(len(b.text), len(a.text)), cmp.Compare(a.name, b.name))
-	})
+	for _, of := range first {
+		slices.SortFunc(of, func(a, b namedText) int {
+			return cmp.Or(cmp.Compare(len(b.text), len(a.text)), cmp.Compare(a.name, b.name))
+		})
+	}
 next:
 	for i := 0; i < len(text); {
-		if i == 0 || !wordByte(text[i-1]) {
-			for _, t := range order {
+		if len(first) > 0 && (i == 0 || !wordByte(text[i-1])) {
+			for _, t := range first[string(text[i:i+max(1, word(text[i:]))])] {
 				end := i + len(t.text)
 				if end <= len(text) && string(text[i:end]) == t.text && (end == len(text) || !wordByte(text[end])) {
-					found(t)
+					if !found(t) {
+						return
+					}
 					i = end
 					continue next
 				}
 			}
 		}
-		other(text[i])
+		if !other(text[i]) {
+			return
+		}
 		i++
 	}
 }
 
 // Rewrite turns the text of one member's loader entry into that of another: for every NAME that both have, from[NAME]
 // becomes to[NAME] where it is a whole word or several. All of them are replaced at once, so what has been put in is not
-// replaced again.
+// replaced again. What becomes longer than an entry may be is not worked out to its end; Faithful does not say so of it.
 func Rewrite(text []byte, from, to map[string]string) []byte {
 	both := map[string]string{}
 	for name, t := range from {
@@ -559,7 +591,14 @@ func Rewrite(text []byte, from, to map[string]string) []byte {
 		}
 	}
 	out := make([]byte, 0, len(text))
-	eachText(text, both, func(t namedText) { out = append(out, to[t.name]...) }, func(b byte) { out = append(out, b) })
+	room := func() bool { return len(out) <= max(maxEntryFile, len(text)) }
+	eachText(text, both, func(t namedText) bool {
+		out = append(out, to[t.name]...)
+		return room()
+	}, func(b byte) bool {
+		out = append(out, b)
+		return room()
+	})
 	return out
 }
 
@@ -569,21 +608,34 @@ func Rewrite(text []byte, from, to map[string]string) []byte {
 //
 //	Canonical(Rewrite(text, a, b), b) = Canonical(text, a)
 func Canonical(text []byte, texts map[string]string) []byte {
-	out := make([]byte, 0, len(text))
-	eachText(text, texts, func(t namedText) {
-		out = append(append(append(out, 0), t.name...), 0)
-	}, func(b byte) {
+	var out bytes.Buffer
+	canonicalTo(&out, text, texts)
+	return out.Bytes()
+}
+
+// canonicalTo writes Canonical. The writer keeps its errors, as a hash or a buffer does.
+func canonicalTo(w interface {
+	io.ByteWriter
+	io.StringWriter
+}, text []byte, texts map[string]string) {
+	eachText(text, texts, func(t namedText) bool {
+		_ = w.WriteByte(0)
+		_, _ = w.WriteString(t.name)
+		_ = w.WriteByte(0)
+		return true
+	}, func(b byte) bool {
 		if b == 0 {
-			out = append(out, 0)
+			_ = w.WriteByte(0)
 		}
-		out = append(out, b)
+		_ = w.WriteByte(b)
+		return true
 	})
-	return out
 }
 
 // Faithful says whether a loader entry can go from one member to another and back without loss. It cannot where it names
 // the other member's text by itself, as an entry on the first disk that boots the second one does: on the second disk both
-// would say the same, and nobody could tell any more which of the two was meant.
+// would say the same, and nobody could tell any more which of the two was meant. Nor can it where it would be too long.
 func Faithful(text []byte, from, to map[string]string) bool {
-	return bytes.Equal(Canonical(Rewrite(text, from, to), to), Canonical(text, from))
+	out := Rewrite(text, from, to)
+	return max(len(text), len(out)) <= maxEntryFile && bytes.Equal(Canonical(out, to), Canonical(text, from))
 }

@@ -28,16 +28,17 @@ type run struct {
 
 // side is what a run knows of one target.
 type side struct {
-	t     *Target
-	dev   blockdev.Device // the target's device, or an overlay in a dry run
-	count *blockdev.Counting
-	res   *Result
-	vol   *fatdriver.Volume
-	tree  *fatdriver.Tree
-	match matches
-	plan  *fatdriver.Plan
-	free  int64 // clusters that could be allocated when planning began
-	buf   []byte
+	t      *Target
+	dev    blockdev.Device // the target's device, or an overlay in a dry run
+	count  *blockdev.Counting
+	res    *Result
+	vol    *fatdriver.Volume
+	tree   *fatdriver.Tree
+	match  matches
+	placed placed
+	plan   *fatdriver.Plan
+	free   int64 // clusters that could be allocated when planning began
+	buf    []byte
 
 	state    *State          // what the target remembers, nil when it has never been in a set
 	stateErr error           // why that cannot be read

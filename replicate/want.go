@@ -22,7 +22,7 @@ type switchPoint struct {
 // another name for files that the target's loader entries refer to: those must be found under their old name until the
 // entries have switched, and under the new one from then on.
 func (r *run) wants(s *side, staged bool) ([]switchPoint, []Change, error) {
-	b := &wantBuilder{r: r, s: s, rivals: map[*Item]bool{}}
+	b := &wantBuilder{r: r, s: s, rivals: map[*Item]string{}}
 	if staged {
 		b.stay = referred(s.tree)
 	}
@@ -63,7 +63,7 @@ func (r *run) wants(s *side, staged bool) ([]switchPoint, []Change, error) {
 		if at == len(parts)-1 {
 			old := childNode(parent, parts[at])
 			if old == nil && it != nil {
-				old = inPlace(r.src, s.tree, it)
+				old = r.inPlace(s, it)
 			}
 			w, err := b.top(it, old, a)
 			if err != nil {
@@ -114,7 +114,7 @@ type wantBuilder struct {
 	stay    func(p string) bool // files of the target that must not be renamed; nil when all may be
 	changes []Change
 	from    map[string]bool // paths that were renamed away
-	rivals  map[*Item]bool
+	rivals  map[*Item]string
 }
 
 func (b *wantBuilder) change(op, p, from string, dir bool, size int64) {
@@ -329,7 +329,16 @@ func referred(tree *fatdriver.Tree) func(p string) bool {
 			return func(string) bool { return true }
 		}
 		for _, p := range paths {
-			set[fatdriver.Fold(strings.Join(fatdriver.SplitPath(p), "/"))] = true
+			parts := fatdriver.SplitPath(p)
+			set[fatdriver.Fold(strings.Join(parts, "/"))] = true
+			// Firmware opens a file by its 8.3 name too.
+			at := tree.Root
+			for i := 0; i < len(parts) && at != nil; i++ {
+				at = at.Child(parts[i])
+			}
+			if at != nil {
+				set[fatdriver.Fold(at.Path())] = true
+			}
 		}
 	}
 	return func(p string) bool { return set[fatdriver.Fold(p)] }
