@@ -35,7 +35,7 @@ func attackLoad(t *testing.T, m *blockdev.Mem, tree map[string]string) {
 }
 
 // A user excludes a directory above what an earlier run selected: the state brings the anchors back.
-func TestAttackExcludeIgnored(t *testing.T) {
+func TestStateAgainstExclude(t *testing.T) {
 	ms := newMembers(t, geometries[2], nil, "a", "b")
 	a, b := ms[0], ms[1]
 	a.write(t, withFiles(map[string]string{"EFI/Linux/x": "old", "EFI/foo/k": "k", "loader/entries/k.conf": "linux /EFI/foo/k\n"}))
@@ -54,7 +54,7 @@ func TestAttackExcludeIgnored(t *testing.T) {
 }
 
 // The same for what the source has no more: it is deleted on the target below an excluded directory.
-func TestAttackExcludeIgnoredGone(t *testing.T) {
+func TestGoneAgainstExclude(t *testing.T) {
 	ms := newMembers(t, geometries[2], nil, "a", "b")
 	a, b := ms[0], ms[1]
 	a.write(t, withFiles(map[string]string{"EFI/foo/k": "k", "loader/entries/k.conf": "linux /EFI/foo/k\n"}))

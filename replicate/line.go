@@ -93,9 +93,10 @@ func (r *run) begun() error {
 	}
 	r.line = &line{state: st, lost: lost}
 	if st != nil && len(r.opt.Selection.Select) == 0 && len(st.Named) == 0 {
-		// What entries once referred to stays selected, so that it goes from the targets when it goes from the source.
+		// What entries once referred to stays selected, so that it goes from the targets when it goes from the source. What is
+		// excluded since then does not come back that way.
 		for _, a := range st.Anchors {
-			if it := r.src.Root().lookup(a); it != nil && !r.sel.touches(a) {
+			if it := r.src.Root().lookup(a); it != nil && !r.sel.touches(a) && !r.sel.barred(a) {
 				r.sel.anchors = append(r.sel.anchors, it.Path)
 			}
 		}
@@ -158,7 +159,7 @@ func (r *run) adapt() error {
 		s.items, s.gone = map[*Item]*Item{}, nil
 		if st := s.state; st != nil && r.line != nil && len(r.opt.Selection.Select) == 0 && len(st.Named) == 0 {
 			for _, a := range st.Anchors {
-				if r.src.Root().lookup(a) == nil && !r.sel.touches(a) {
+				if r.src.Root().lookup(a) == nil && !r.sel.touches(a) && !r.sel.barred(a) {
 					s.gone = append(s.gone, a)
 				}
 			}

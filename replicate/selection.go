@@ -193,6 +193,17 @@ func (s *selection) excluded(p string) bool {
 	return match(ownPatterns, k)
 }
 
+// barred says whether an anchor stays out because of itself or of a directory above it. Who comes to a path from the root
+// sees the directories one by one; an anchor is gone to at once, and what excludes a directory must hold for it too.
+func (s *selection) barred(p string) bool {
+	k := fatdriver.Fold(p)
+	all := prefixes(k)
+	if slices.ContainsFunc(all, func(q string) bool { return match(s.excludes, q) }) {
+		return true
+	}
+	return !s.byName[k] && slices.ContainsFunc(all, s.excluded) // its own name opens the way to it
+}
+
 // match says whether a folded path matches one of the patterns.
 func match(patterns []string, k string) bool {
 	for _, pat := range patterns {
