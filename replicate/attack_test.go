@@ -96,7 +96,7 @@ func TestAttackStateDeletedOnNewer(t *testing.T) {
 }
 
 // A state that only one target holds stops the run for all of them.
-func TestAttackOneTargetStopsAll(t *testing.T) {
+func TestStateOneTargetStopsAll(t *testing.T) {
 	ms := newMembers(t, geometries[2], nil, "a", "b", "c")
 	a, b, c := ms[0], ms[1], ms[2]
 	a.write(t, withFiles(nil))
@@ -114,7 +114,7 @@ func TestAttackOneTargetStopsAll(t *testing.T) {
 }
 
 // A state file on the primary whose anchor is the root.
-func TestAttackRootAnchorPanics(t *testing.T) {
+func TestStateRootAnchorPanics(t *testing.T) {
 	ms := newMembers(t, geometries[2], nil, "a", "b")
 	a, b := ms[0], ms[1]
 	a.write(t, withFiles(nil))
@@ -135,7 +135,7 @@ func TestAttackRootAnchorPanics(t *testing.T) {
 }
 
 // A state file on the primary whose anchors lie in what belongs to one ESP alone.
-func TestAttackAnchorsOfOwn(t *testing.T) {
+func TestStateAnchorsOfOwn(t *testing.T) {
 	ms := newMembers(t, geometries[2], nil, "a", "b")
 	a, b := ms[0], ms[1]
 	a.write(t, withFiles(map[string]string{"EFI/Microsoft/Boot/BCD": "of a"}))
@@ -154,7 +154,7 @@ func TestAttackAnchorsOfOwn(t *testing.T) {
 }
 
 // And on a target: there they name what "went".
-func TestAttackGoneOfOwn(t *testing.T) {
+func TestStateGoneOfOwn(t *testing.T) {
 	ms := newMembers(t, geometries[2], nil, "a", "b")
 	a, b := ms[0], ms[1]
 	a.write(t, withFiles(nil))
@@ -281,7 +281,7 @@ func TestAttackWordsExplode(t *testing.T) {
 }
 
 // The same anchor thousands of times in the state of a target: each file is read as often.
-func TestAttackAnchorsManyTimes(t *testing.T) {
+func TestStateAnchorsManyTimes(t *testing.T) {
 	ms := newMembers(t, geometries[2], nil, "a", "b")
 	a, b := ms[0], ms[1]
 	a.write(t, withFiles(map[string]string{"EFI/Linux/x": strings.Repeat("a", 300_000)}))
@@ -597,7 +597,7 @@ func TestAttackManyTexts(t *testing.T) {
 }
 
 // Any anchors in the states: no panic, and what is each member's own stays.
-func TestAttackFuzzStates(t *testing.T) {
+func TestStateHostile(t *testing.T) {
 	words := []string{"", "/", ".", "..", "EFI", "EFI/LINUX", "EFI/..", "\\", "EFI/ESPMIRROR", "LOADER/RANDOM-SEED", "LOADER", "[", "*", "EFI/MICROSOFT", "GRUB/GRUBENV", "GRUB", "OTHER/X/Y", "LOADER/LOADER.CONF/X", strings.Repeat("A/", 3000)}
 	rng := rand.New(rand.NewPCG(1, 2))
 	some := func() []string {

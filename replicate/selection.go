@@ -57,7 +57,7 @@ func (s *selection) selectPath(p string) error {
 		if match(untouchable, q) {
 			return fmt.Errorf("%w: %q belongs to one ESP alone, and is never replicated", ErrSelection, p)
 		}
-		if q != k && match(ownPatterns, q) {
+		if q != k && match(ownPatterns, q) && !slices.Contains(s.opened, q) {
 			s.opened = append(s.opened, q)
 		}
 	}

@@ -8,7 +8,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"path"
 	"slices"
+	"strings"
 	"time"
 
 	"espmirror/fatdriver"
@@ -32,6 +34,15 @@ const stateVersion = 1
 const (
 	maxState   = 64 << 10
 	maxHistory = 64
+)
+
+// maxPaths bounds the anchors, names and exclusions of a state each, and maxParts the names in one of its paths, of which FAT
+// allows 260 characters: what is asked about each path of a tree must not take long. maxGeneration bounds the number of the
+// generation, so that there is always a next one.
+const (
+	maxPaths      = 4096
+	maxParts      = 32
+	maxGeneration = 1 << 62
 )
 
 // Digest is the SHA-256 of a selected tree: names, kinds and contents, in a form that is the same on all members (see
@@ -92,6 +103,68 @@ func (p *Part) selection() (*selection, error) {
 	return (&State{Anchors: p.Anchors, Named: p.Named, Exclude: p.Exclude}).selection()
 }
 
+// check says what is wrong with the selection of a part. A state file lies on a FAT, where anything may have become of it,
+// and its anchors are gone to without a look at the directories above: they must be what a run could have selected.
+func (p *Part) check() error {
+	if len(p.Anchors) == 0 {
+		return errors.New("it names no tree")
+	}
+	if n := max(len(p.Anchors), len(p.Named), len(p.Exclude)); n > maxPaths {
+		return fmt.Errorf("it lists %d paths, at most %d are read", n, maxPaths)
+	}
+	sel := &selection{byName: map[string]bool{}}
+	for _, n := range p.Named {
+		if err := checkPath(n); err != nil {
+			return err
+		}
+		if err := sel.selectPath(n); err != nil {
+			return err
+		}
+	}
+	if len(sel.opened) > maxPaths/16 {
+		return fmt.Errorf("it names files in %d directories that belong to one ESP alone", len(sel.opened))
+	}
+	for _, x := range p.Exclude {
+		if err := checkPath(x); err != nil {
+			return err
+		}
+		if _, err := path.Match(x, ""); err != nil || x == "" {
+			return fmt.Errorf("%q is not a pattern", x)
+		}
+	}
+	anchors := map[string]bool{}
+	for _, a := range p.Anchors {
+		if err := checkPath(a); err != nil {
+			return err
+		}
+		if a == "" || anchors[a] {
+			return fmt.Errorf("%q is the root, or there twice", a)
+		}
+		anchors[a] = true
+	}
+	for _, a := range p.Anchors {
+		above := prefixes(a)
+		for _, q := range above[:len(above)-1] {
+			if anchors[q] {
+				return fmt.Errorf("%q lies in %q, which is listed too", a, q)
+			}
+			// An anchor that is itself of this kind is one that an entry refers to, and is left out like any other path.
+			if sel.excluded(q) {
+				return fmt.Errorf("%q lies in what belongs to one ESP alone", a)
+			}
+		}
+	}
+	return nil
+}
+
+// checkPath wants a path as setSelection writes it.
+func checkPath(p string) error {
+	if clean, err := cleanPath(p); err != nil || clean != p || fatdriver.Fold(p) != p || strings.Count(p, "/") >= maxParts {
+		return fmt.Errorf("%q is not a path of a selection", p)
+	}
+	return nil
+}
+
 // maxRest bounds the number of parts that a state remembers.
 const maxRest = 8
 
@@ -142,6 +215,17 @@ func ParseState(text []byte) (*State, error) {
 	}
 	if s.Generation == 0 || len(s.Anchors) == 0 {
 		return nil, fmt.Errorf("%w: it names no generation or no tree", ErrState)
+	}
+	if s.Generation > maxGeneration {
+		return nil, fmt.Errorf("%w: generation %d is more than can be counted", ErrState, s.Generation)
+	}
+	if len(s.Rest) > maxRest {
+		return nil, fmt.Errorf("%w: it has %d parts besides the last selection, at most %d are kept", ErrState, len(s.Rest), maxRest)
+	}
+	for _, p := range append([]Part{{Anchors: s.Anchors, Named: s.Named, Exclude: s.Exclude}}, s.Rest...) {
+		if err := p.check(); err != nil {
+			return nil, fmt.Errorf("%w: %w", ErrState, err)
+		}
 	}
 	if len(s.Past) > maxHistory {
 		s.Past = s.Past[:maxHistory]
