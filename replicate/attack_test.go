@@ -172,45 +172,68 @@ func TestStateGoneOfOwn(t *testing.T) {
 	}
 }
 
-// The highest generation, then one more.
-func TestAttackGenerationOverflow(t *testing.T) {
-	ms := newMembers(t, geometries[2], nil, "a", "b")
-	a, b := ms[0], ms[1]
-	a.write(t, withFiles(nil))
-	res, err := a.sync(t, Options{}, b)
-	expectResults(t, "first", res, err, Synced)
-	st := b.state(t)
-	st.Generation = 1<<64 - 1
-	putMem(t, b.dev, Options{}, File{Path: StatePath, Content: st.Bytes()})
-	a.edit(t, map[string]*string{"loader/loader.conf": ptr("timeout 5\n")})
-	res, err = a.sync(t, Options{Force: true}, b)
-	if err != nil || res[0].Err != nil {
-		t.Skip(err, res[0].Err)
-	}
-	for _, m := range ms {
-		if _, err := ReadState(m.open(t, m.dev)); err != nil {
-			t.Errorf("%s has a state that nobody can read: %v", m.name, err)
+// The highest generation that is read, on one member, and one more than that.
+func TestStateGenerationOverflow(t *testing.T) {
+	for _, n := range []uint64{1<<64 - 1, maxGeneration} {
+		for who := range 2 {
+			ms := newMembers(t, geometries[2], nil, "a", "b")
+			a, b := ms[0], ms[1]
+			a.write(t, withFiles(nil))
+			res, err := a.sync(t, Options{}, b)
+			expectResults(t, "first", res, err, Synced)
+			st := ms[who].state(t)
+			st.Generation = n
+			putMem(t, ms[who].dev, Options{}, File{Path: StatePath, Content: st.Bytes()})
+			a.edit(t, map[string]*string{"loader/loader.conf": ptr("timeout 5\n")})
+			before := [][]byte{bytes.Clone(a.dev.Bytes()), bytes.Clone(b.dev.Bytes())}
+			res, err = a.sync(t, Options{Force: true}, b)
+			if n > maxGeneration {
+				expectResults(t, "nobody has that generation", res, err, Synced)
+				for _, m := range ms {
+					if m.state(t).Generation > 2 {
+						t.Errorf("%s has %+v", m.name, m.state(t))
+					}
+				}
+				continue
+			}
+			if err == nil {
+				err = res[0].Err
+			}
+			if !errors.Is(err, ErrRefused) || !strings.Contains(err.Error(), "cannot note generation") {
+				t.Errorf("after generation %d of %s: %+v %v", n, ms[who].name, res, err)
+			}
+			for i, m := range ms {
+				if !bytes.Equal(before[i], m.dev.Bytes()) {
+					t.Errorf("refused, and %s was written to", m.name)
+				}
+			}
 		}
 	}
 }
 
 // A selection that makes the state longer than what is read of it.
-func TestAttackStateTooLong(t *testing.T) {
-	ms := newMembers(t, geometries[2], nil, "a", "b")
-	a, b := ms[0], ms[1]
-	a.write(t, withFiles(nil))
-	o := Options{Selection: testSelect}
-	o.Selection.Select = slices.Clone(testSelect.Select)
-	for i := range 400 { // what esp-sync of 40 KB says
-		o.Selection.Select = append(o.Selection.Select, fmt.Sprintf("%0100d", i))
-	}
-	res, err := a.sync(t, o, b)
-	if err != nil || res[0].Err != nil {
-		t.Skip(err, res[0].Err)
-	}
-	for _, m := range ms {
-		if _, err := ReadState(m.open(t, m.dev)); err != nil {
-			t.Errorf("%s has a state that nobody can read: %v", m.name, err)
+func TestStateTooLong(t *testing.T) {
+	for _, dry := range []bool{true, false} {
+		ms := newMembers(t, geometries[2], nil, "a", "b")
+		a, b := ms[0], ms[1]
+		a.write(t, withFiles(nil))
+		o := Options{Selection: testSelect, DryRun: dry}
+		o.Selection.Select = slices.Clone(testSelect.Select)
+		for i := range 400 { // what esp-sync of 40 KB says
+			o.Selection.Select = append(o.Selection.Select, fmt.Sprintf("%0100d", i))
+		}
+		before := [][]byte{bytes.Clone(a.dev.Bytes()), bytes.Clone(b.dev.Bytes())}
+		res, err := a.sync(t, o, b)
+		if err == nil {
+			err = res[0].Err
+		}
+		if !errors.Is(err, ErrRefused) || !strings.Contains(err.Error(), "bytes, at most 65536 are read") {
+			t.Errorf("%+v %v", res, err)
+		}
+		for i, m := range ms {
+			if !bytes.Equal(before[i], m.dev.Bytes()) {
+				t.Errorf("refused, and %s was written to", m.name)
+			}
 		}
 	}
 }

@@ -312,6 +312,10 @@ func (r *run) judge() error {
 			continue
 		}
 		rec.Source, rec.Own, rec.Updated = r.line.fp, noFingerprint, r.now().Unix()
+		if err := rec.readable(); err != nil {
+			s.fail(fmt.Errorf("cannot note generation %d on %s: %w", rec.Generation, s.t.Name, err))
+			continue
+		}
 		s.record = &rec
 	}
 	r.line.save = left > 0 && (r.line.state == nil || !r.line.state.same(now))
@@ -584,10 +588,11 @@ func (r *run) remember(ctx context.Context) error {
 	return r.note(ctx, r.opt.Save)
 }
 
-// note gives the source's state to a function that writes it, or tries to, where there is something to note.
+// note gives the source's state to a function that writes it, or tries to, where there is something to note. save may be
+// nil: then it is only seen to that what would be written could be read again.
 func (r *run) note(ctx context.Context, save func(context.Context, []byte) error) error {
 	l := r.line
-	if l == nil || !l.save || save == nil || len(r.alive()) == 0 {
+	if l == nil || !l.save || len(r.alive()) == 0 {
 		return nil
 	}
 	st := *l.now
@@ -611,6 +616,12 @@ func (r *run) note(ctx context.Context, save func(context.Context, []byte) error
 		return fmt.Errorf("cannot note generation %d on %s: %w", st.Generation, r.src.Name(), err)
 	}
 	st.Source, st.Own, st.Updated = "", "", r.now().Unix()
+	if err := st.readable(); err != nil {
+		return fmt.Errorf("cannot note generation %d on %s: %w", st.Generation, r.src.Name(), err)
+	}
+	if save == nil {
+		return nil
+	}
 	if err := save(ctx, st.Bytes()); err != nil {
 		return fmt.Errorf("cannot note generation %d on %s: %w", st.Generation, r.src.Name(), err)
 	}

@@ -242,6 +242,25 @@ func (s *State) Bytes() []byte {
 	return append(text, '\n')
 }
 
+// readable says why the state could not be read back, before it is written. A state that its own program refuses would
+// make the member a stranger to its set.
+func (s *State) readable() error {
+	long := *s
+	if long.Interim == nil {
+		long.Interim = &Digest{} // a run that makes room adds it
+	}
+	if n := len(long.Bytes()); n > maxState {
+		return &Hint{
+			refusal{fmt.Errorf("%s would have %d bytes, at most %d are read", StatePath, n, maxState)},
+			"select or exclude fewer paths: the directories that hold them, or a pattern",
+		}
+	}
+	if _, err := ParseState(s.Bytes()); err != nil {
+		return refusal{fmt.Errorf("%s could not be read again: %w", StatePath, err)}
+	}
+	return nil
+}
+
 // UpdatedAt is when the last run ended.
 func (s *State) UpdatedAt() time.Time { return time.Unix(s.Updated, 0) }
 
