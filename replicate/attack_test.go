@@ -238,26 +238,92 @@ func TestStateTooLong(t *testing.T) {
 	}
 }
 
-// A part of the tree that so many later selections left out that it is forgotten: a change there is overwritten.
-func TestAttackForgottenPart(t *testing.T) {
+// A part of the tree that so many later selections left out that it is forgotten: whether it was changed nobody knows.
+func TestStateForgottenPart(t *testing.T) {
 	ms := newMembers(t, geometries[2], nil, "a", "b")
 	a, b := ms[0], ms[1]
 	files := withFiles(nil)
-	for i := range maxRest + 3 {
+	only := func(i int) Options { return Options{Selection: Selection{Select: []string{fmt.Sprintf("d%d", i)}}} }
+	for i := range maxRest + 4 {
 		files[fmt.Sprintf("d%d/f", i)] = "old"
 	}
 	a.write(t, files)
 	for i := range maxRest + 3 {
-		res, err := a.sync(t, Options{Selection: Selection{Select: []string{fmt.Sprintf("d%d", i)}}}, b)
+		res, err := a.sync(t, only(i), b)
 		expectResults(t, fmt.Sprint(i), res, err, Synced)
 	}
 	b.edit(t, map[string]*string{"d0/f": ptr("newer, made on b")})
-	res, err := a.sync(t, Options{Selection: Selection{Select: []string{"d0"}}}, b)
-	if err != nil {
-		t.Fatal(err)
+	before := bytes.Clone(b.dev.Bytes())
+	res, err := a.sync(t, only(0), b)
+	expectResults(t, "forgotten", res, err, ErrDiverged)
+	if !bytes.Equal(before, b.dev.Bytes()) {
+		t.Error("refused, and written to")
 	}
-	if got := b.files(t)["d0/f"]; got != "newer, made on b" {
-		t.Errorf("overwritten without --force: %q, %+v", got, res[0].Lineage)
+	// What was not forgotten goes on, and the rest stays forgotten while it does.
+	res, err = a.sync(t, only(maxRest+2), b)
+	expectResults(t, "the last one", res, err, InSync)
+	res, err = a.sync(t, only(5), b)
+	expectResults(t, "remembered", res, err, Synced)
+	res, err = a.sync(t, only(maxRest+3), b)
+	expectResults(t, "a new one", res, err, Synced)
+	if rest := b.state(t).Rest; len(rest) != maxRest+1 || !rest[maxRest].Lost || !slices.Contains(rest[maxRest].Anchors, "D0") {
+		t.Errorf("%+v", rest)
+	}
+	res, err = a.sync(t, only(0), b)
+	expectResults(t, "still forgotten", res, err, ErrDiverged)
+	o := only(0)
+	o.Force = true
+	res, err = a.sync(t, o, b)
+	expectResults(t, "forced", res, err, Synced)
+	if got := b.files(t)["d0/f"]; got != "old" {
+		t.Errorf("%q", got)
+	}
+	if rest := b.state(t).Rest; slices.ContainsFunc(rest, func(p Part) bool { return slices.Contains(p.Anchors, "D0") }) {
+		t.Errorf("what was decided is forgotten still: %+v", rest)
+	}
+}
+
+// What is forgotten comes together in one part, which does not grow for ever.
+func TestStateLost(t *testing.T) {
+	st := &State{Version: 1, Lineage: guidA, Generation: 1, Anchors: []string{"A0000"}}
+	for i := range maxRest + maxLost + 1 {
+		sel := &selection{anchors: []string{fmt.Sprintf("a%04d", i+1)}, byName: map[string]bool{}}
+		st.Rest = st.left(sel, nil)
+		st.Anchors = []string{fmt.Sprintf("A%04d", i+1)}
+		if i < maxRest {
+			if len(st.Rest) != i+1 || st.Rest[i].Lost {
+				t.Fatalf("%d: %+v", i, st.Rest)
+			}
+			continue
+		}
+		lost := st.Rest[maxRest]
+		want := i - maxRest + 1
+		if want > maxLost {
+			want = 0 // all
+		}
+		if len(st.Rest) != maxRest+1 || !lost.Lost || len(lost.Anchors) != want || !lost.concerns(&selection{anchors: []string{"a0000/x"}}) {
+			t.Fatalf("%d: %+v", i, st.Rest)
+		}
+		if lost.concerns(&selection{anchors: []string{fmt.Sprintf("a%04d", i)}}) != (want == 0) {
+			t.Fatalf("%d: what is known counts as forgotten", i)
+		}
+		if again, err := ParseState(st.Bytes()); err != nil || len(again.Rest) != len(st.Rest) {
+			t.Fatal(i, err)
+		}
+	}
+	if rest := st.left(&selection{anchors: []string{"A0000"}, byName: map[string]bool{"": true}, excludes: []string{"X"}}, nil); !rest[len(rest)-1].Lost {
+		t.Errorf("%+v", rest)
+	}
+	if rest := st.left(&selection{anchors: []string{"A0000"}, byName: map[string]bool{"": true}}, nil); len(rest) > 0 {
+		t.Errorf("all is selected, and left is %+v", rest)
+	}
+	named := (&Part{Anchors: []string{"EFI/HP/X"}, Named: []string{"EFI/HP/X"}}).with(Part{Anchors: []string{"Y"}, Named: []string{"Y"}})
+	if err := named.check(); err != nil || len(named.Named) != 1 {
+		t.Errorf("%+v %v", named, err)
+	}
+	p := (&Part{Anchors: []string{"EFI/B", "X"}, Exclude: []string{"1", "2"}}).with(Part{Anchors: []string{"EFI", "EFI.X"}, Exclude: []string{"2", "3"}})
+	if !slices.Equal(p.Anchors, []string{"EFI", "EFI.X", "X"}) || !slices.Equal(p.Exclude, []string{"2"}) {
+		t.Errorf("%+v", p)
 	}
 }
 

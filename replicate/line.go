@@ -482,6 +482,7 @@ type view struct {
 	src   Source
 	texts map[string]string
 	hash  func(*Item) ([32]byte, error)
+	now   *selection // what the run replicates; nil where the view is not of what it would overwrite
 }
 
 // digest is that of a part of the tree, without the files of another part.
@@ -500,10 +501,17 @@ func (r *run) targetDigest(s *side, sel *selection, without func(*Item) bool) (D
 	return treeDigest(v.src, sel, v.texts, without, v.hash)
 }
 
-// keeps says whether the rest of a state is as it was.
+// keeps says whether the rest of a state is as it was. What was forgotten of it may have been changed: that matters where
+// this run would overwrite it.
 func (v view) keeps(st *State) (bool, error) {
 	main, err := st.selection()
 	for i := range st.Rest {
+		if st.Rest[i].Lost {
+			if v.now != nil && st.Rest[i].concerns(v.now) {
+				return false, err
+			}
+			continue
+		}
 		var sel *selection
 		var d Digest
 		if err == nil {
@@ -532,7 +540,7 @@ func (r *run) rest(v view, st *State, gone []string, known bool) ([]Part, error)
 	parts := st.left(r.sel, gone)
 	for i := range parts {
 		parts[i].Digest = Digest{}
-		if !known {
+		if !known || parts[i].Lost {
 			continue
 		}
 		sel, err := parts[i].selection()
@@ -547,7 +555,9 @@ func (r *run) rest(v view, st *State, gone []string, known bool) ([]Part, error)
 }
 
 // sourceView is the source as the member that it is.
-func (r *run) sourceView() view { return view{r.src, r.texts(r.opt.SourceGUID), r.hash} }
+func (r *run) sourceView() view {
+	return view{src: r.src, texts: r.texts(r.opt.SourceGUID), hash: r.hash}
+}
 
 // view is a target as the member that it is.
 func (r *run) view(s *side) view {
@@ -576,7 +586,7 @@ func (r *run) view(s *side) view {
 		}
 		defer rd.Close()
 		return hashReader(rd, it.Size)
-	}}
+	}, r.sel}
 }
 
 // remember notes the generation on the source, before any target is told of it: so whatever a target claims to have,

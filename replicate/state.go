@@ -96,6 +96,9 @@ type Part struct {
 	Named   []string `json:"named,omitempty"`
 	Exclude []string `json:"exclude,omitempty"`
 	Digest  Digest   `json:"digest"` // zero: nobody knows
+	// Lost is for what was forgotten, as there were too many parts: nothing is known of the anchors, and all paths are meant
+	// when there are none. What is selected of it again counts as changed.
+	Lost bool `json:"lost,omitempty"`
 }
 
 // selection is that of the part; it returns ErrState.
@@ -106,7 +109,7 @@ func (p *Part) selection() (*selection, error) {
 // check says what is wrong with the selection of a part. A state file lies on a FAT, where anything may have become of it,
 // and its anchors are gone to without a look at the directories above: they must be what a run could have selected.
 func (p *Part) check() error {
-	if len(p.Anchors) == 0 {
+	if len(p.Anchors) == 0 && !p.Lost {
 		return errors.New("it names no tree")
 	}
 	if n := max(len(p.Anchors), len(p.Named), len(p.Exclude)); n > maxPaths {
@@ -165,27 +168,79 @@ func checkPath(p string) error {
 	return nil
 }
 
-// maxRest bounds the number of parts that a state remembers.
-const maxRest = 8
+// maxRest bounds the number of parts that a state remembers, and maxLost the anchors of those that it has forgotten.
+const (
+	maxRest = 8
+	maxLost = 64
+)
 
 // left are the parts of the state and of its rest that a selection does not have. Those in gone are no more.
 func (s *State) left(sel *selection, gone []string) []Part {
 	now := &State{}
 	now.setSelection(sel)
 	var out []Part
+	var lost *Part
 	for _, p := range append([]Part{{Anchors: s.Anchors, Named: s.Named, Exclude: s.Exclude}}, s.Rest...) {
-		same := slices.Equal(p.Exclude, now.Exclude) && !slices.ContainsFunc(p.Named, func(n string) bool { return !sel.byName[n] && !sel.everything() })
+		same := slices.Equal(p.Exclude, now.Exclude)
+		if p.Lost {
+			// Its exclusions are those of all that came together in it: one that leaves out no more has it all.
+			same = !slices.ContainsFunc(now.Exclude, func(x string) bool { return !slices.Contains(p.Exclude, x) })
+		}
+		unnamed := func(n string) bool { return !sel.byName[n] && !sel.everything() }
+		all := len(p.Anchors) == 0
 		p.Anchors = slices.DeleteFunc(slices.Clone(p.Anchors), func(a string) bool {
-			return same && (sel.everything() || sel.covers(a)) || slices.Contains(gone, a)
+			open := slices.ContainsFunc(p.Named, func(n string) bool { return unnamed(n) && (!p.Lost || n == a || inside(n, a)) })
+			return same && !open && (sel.everything() || sel.covers(a)) || slices.Contains(gone, a)
 		})
 		twice := slices.ContainsFunc(out, func(q Part) bool {
 			return slices.Equal(p.Anchors, q.Anchors) && slices.Equal(p.Named, q.Named) && slices.Equal(p.Exclude, q.Exclude)
 		})
-		if len(p.Anchors) > 0 && !twice && len(out) < maxRest {
+		switch {
+		case all && !(same && sel.everything()): // all is lost
+			lost = lost.with(p)
+		case len(p.Anchors) == 0 || twice && !p.Lost:
+		case p.Lost || len(out) == maxRest:
+			lost = lost.with(p)
+		default:
 			out = append(out, p)
 		}
 	}
+	if lost != nil {
+		out = append(out, *lost)
+	}
 	return out
+}
+
+// with is the part that stands for two that are forgotten: all that either of them may have selected. p may be nil.
+func (p *Part) with(q Part) *Part {
+	out := &Part{Anchors: slices.Clone(q.Anchors), Named: slices.Clone(q.Named), Exclude: q.Exclude, Lost: true}
+	if p != nil {
+		out.Anchors, out.Named = append(out.Anchors, p.Anchors...), append(out.Named, p.Named...)
+		out.Exclude = slices.DeleteFunc(slices.Clone(q.Exclude), func(x string) bool { return !slices.Contains(p.Exclude, x) })
+	}
+	slices.Sort(out.Anchors)
+	out.Anchors = slices.Compact(out.Anchors)
+	have := &selection{}
+	for _, a := range out.Anchors {
+		if !have.covers(a) { // what is above it comes before it
+			have.anchors = append(have.anchors, a)
+		}
+	}
+	out.Anchors = have.anchors
+	// Of the names count those without which something there would not be selected.
+	slices.Sort(out.Named)
+	out.Named = slices.DeleteFunc(slices.Compact(out.Named), func(n string) bool {
+		return !have.covers(n) || !slices.ContainsFunc(prefixes(n), func(q string) bool { return match(ownPatterns, q) })
+	})
+	if len(q.Anchors) == 0 || p != nil && len(p.Anchors) == 0 || len(out.Anchors) > maxLost {
+		out.Anchors, out.Named = nil, nil
+	}
+	return out
+}
+
+// concerns says whether a selection has something of what was forgotten.
+func (p *Part) concerns(sel *selection) bool {
+	return len(p.Anchors) == 0 || sel.everything() || slices.ContainsFunc(p.Anchors, func(a string) bool { return sel.touches(a) && !sel.barred(a) })
 }
 
 // Past is an earlier generation.
@@ -219,8 +274,8 @@ func ParseState(text []byte) (*State, error) {
 	if s.Generation > maxGeneration {
 		return nil, fmt.Errorf("%w: generation %d is more than can be counted", ErrState, s.Generation)
 	}
-	if len(s.Rest) > maxRest {
-		return nil, fmt.Errorf("%w: it has %d parts besides the last selection, at most %d are kept", ErrState, len(s.Rest), maxRest)
+	if len(s.Rest) > maxRest+1 { // one for all that is forgotten
+		return nil, fmt.Errorf("%w: it has %d parts besides the last selection, at most %d are kept", ErrState, len(s.Rest), maxRest+1)
 	}
 	for _, p := range append([]Part{{Anchors: s.Anchors, Named: s.Named, Exclude: s.Exclude}}, s.Rest...) {
 		if err := p.check(); err != nil {
