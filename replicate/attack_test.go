@@ -70,28 +70,109 @@ func TestGoneAgainstExclude(t *testing.T) {
 	}
 }
 
-// EFI/espmirror of the newer member is deleted, by the user or by fsck. It takes part in a set by its own esp-sync, and is
-// overwritten as one that was never in a set.
-func TestAttackStateDeletedOnNewer(t *testing.T) {
-	ms := newMembers(t, geometries[2], nil, "a", "b", "c")
-	a, b, c := ms[0], ms[1], ms[2]
+// EFI/espmirror of a member is deleted, by the user or by fsck. It takes part in a set by its own esp-sync, and what it has
+// may be newer than what the source knows.
+func TestStateDeletedOnNewer(t *testing.T) {
 	set := "member " + guidA + "\nmember " + guidB + "\nmember " + guidC + "\n"
 	tree := func(v string) map[string]string {
 		return withFiles(map[string]string{"EFI/Linux/" + v: v, "loader/esp-sync": set})
 	}
-	a.write(t, tree("v1"))
-	res, err := a.sync(t, Options{}, b, c)
-	expectResults(t, "first", res, err, Synced, Synced)
-	b.replace(t, tree("v2"))
-	res, err = b.sync(t, Options{}, c) // a is away
-	expectResults(t, "second", res, err, Synced)
-	b.edit(t, map[string]*string{"EFI/espmirror/state": nil, "EFI/espmirror/journal": nil})
-	res, err = a.sync(t, Options{}, b, c)
-	if err != nil {
-		t.Fatal(err)
+	forget := map[string]*string{"EFI/espmirror/state": nil, "EFI/espmirror/journal": nil}
+	begin := func(t *testing.T) (a, b, c *aMember) {
+		ms := newMembers(t, geometries[2], nil, "a", "b", "c")
+		ms[0].write(t, tree("v1"))
+		res, err := ms[0].sync(t, Options{}, ms[1], ms[2])
+		expectResults(t, "first", res, err, Synced, Synced)
+		return ms[0], ms[1], ms[2]
 	}
-	if b.files(t)["EFI/Linux/v2"] != "v2" {
-		t.Errorf("b was overwritten by the older a (%s, %+v), while c says that a is stale: %v", res[0].Outcome, res[0].Lineage, res[1].Err)
+	t.Run("newer", func(t *testing.T) {
+		a, b, c := begin(t)
+		b.replace(t, tree("v2"))
+		res, err := b.sync(t, Options{}, c) // a is away
+		expectResults(t, "second", res, err, Synced)
+		b.edit(t, forget)
+		before := bytes.Clone(b.dev.Bytes())
+		res, err = a.sync(t, Options{}, b, c)
+		expectResults(t, "from the older one", res, err, ErrDiverged, ErrStaleSource)
+		if !strings.Contains(res[0].Err.Error(), "memory is lost") || !bytes.Equal(before, b.dev.Bytes()) {
+			t.Error(res[0].Err)
+		}
+		res, err = a.sync(t, Options{Force: true}, b)
+		expectResults(t, "forced", res, err, Synced)
+		if !res[0].Lineage.Forced || b.files(t)["EFI/Linux/v1"] != "v1" {
+			t.Errorf("%+v", res[0].Lineage)
+		}
+	})
+	t.Run("as it was", func(t *testing.T) {
+		a, b, _ := begin(t)
+		b.edit(t, forget)
+		a.replace(t, tree("v2"))
+		res, err := a.sync(t, Options{}, b)
+		expectResults(t, "from the newer one", res, err, Synced)
+		if res[0].Lineage.Verdict != FastForward || !b.state(t).same(a.state(t)) {
+			t.Errorf("%+v", res[0].Lineage)
+		}
+	})
+	t.Run("as it was long ago", func(t *testing.T) {
+		a, b, c := begin(t)
+		for _, v := range []string{"v2", "v3"} {
+			a.replace(t, tree(v))
+			res, err := a.sync(t, Options{}, c)
+			expectResults(t, v, res, err, Synced)
+		}
+		b.edit(t, forget)
+		res, err := a.sync(t, Options{}, b)
+		expectResults(t, "from the newer one", res, err, Synced)
+	})
+	t.Run("alike", func(t *testing.T) {
+		a, b, _ := begin(t)
+		b.edit(t, forget)
+		res, err := a.sync(t, Options{}, b)
+		expectResults(t, "again", res, err, Synced)
+		if res[0].Lineage.Verdict != Equal || !b.state(t).same(a.state(t)) {
+			t.Errorf("%+v", res[0].Lineage)
+		}
+	})
+	t.Run("by hand", func(t *testing.T) {
+		a, b, _ := begin(t)
+		forgotten := map[string]*string{"loader/loader.conf": ptr("timeout 77\n")}
+		for p := range forget {
+			forgotten[p] = nil
+		}
+		b.edit(t, forgotten)
+		res, err := a.sync(t, Options{}, b)
+		expectResults(t, "edited", res, err, ErrDiverged)
+	})
+	t.Run("another part", func(t *testing.T) {
+		a, b, _ := begin(t)
+		a.edit(t, map[string]*string{"d/f": ptr("of a")})
+		b.edit(t, map[string]*string{"d/f": ptr("of a")})
+		o := Options{Selection: Selection{Select: []string{"d"}}}
+		res, err := a.sync(t, o, b)
+		expectResults(t, "d alone", res, err, Synced)
+		forgotten := map[string]*string{"EFI/Linux/v1": ptr("newer")} // which is of the rest now
+		for p := range forget {
+			forgotten[p] = nil
+		}
+		b.edit(t, forgotten)
+		res, err = a.sync(t, Options{}, b)
+		expectResults(t, "the rest was edited", res, err, ErrDiverged)
+	})
+	for name, files := range map[string]map[string]string{
+		"no set file":          withFiles(map[string]string{"EFI/Linux/own": "x"}),
+		"a set without itself": withFiles(map[string]string{"EFI/Linux/own": "x", "loader/esp-sync": "member " + guidA + "\nmember " + guidC + "\n"}),
+		"no set that is read":  withFiles(map[string]string{"EFI/Linux/own": "x", "loader/esp-sync": "exlude x\n"}),
+	} {
+		t.Run(name, func(t *testing.T) {
+			ms := newMembers(t, geometries[2], nil, "a", "b")
+			ms[0].write(t, tree("v1"))
+			ms[1].write(t, files)
+			res, err := ms[0].sync(t, Options{}, ms[1])
+			expectResults(t, "added", res, err, Synced)
+			if res[0].Lineage.Verdict != FirstSync {
+				t.Errorf("%+v", res[0].Lineage)
+			}
+		})
 	}
 }
 

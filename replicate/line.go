@@ -267,7 +267,7 @@ func (r *run) judge() error {
 		case base == nil && r.line.lost != nil:
 			in.Verdict, why = Diverged, r.line.lost.Error()
 		default:
-			in.Verdict, why = r.compareTarget(s, from)
+			in.Verdict, why = r.standing(s, from)
 			if s.res.Err != nil {
 				continue
 			}
@@ -330,6 +330,57 @@ func (r *run) compareTarget(s *side, src lineageSide) (Verdict, string) {
 		return Diverged, ""
 	}
 	return compareLines(src, dst)
+}
+
+// standing is compareTarget, or where a target has lost its memory, what its tree says.
+func (r *run) standing(s *side, src lineageSide) (Verdict, string) {
+	if s.state != nil || !s.wasMember() {
+		return r.compareTarget(s, src)
+	}
+	known, err := r.hadTree(s, src)
+	switch {
+	case err != nil:
+		s.fail(fmt.Errorf("cannot read %s: %w", s.t.Name, err))
+	case known:
+		return FastForward, ""
+	}
+	return Diverged, fmt.Sprintf("the target's memory is lost: by its %s it is a member, its %s is gone, and it has a tree that the source does not know", SetPath, StatePath)
+}
+
+// wasMember says whether a target has taken part in a run, by the set file that it holds itself: that comes to a member by
+// a run alone, and the state with it. One that was only added has none that names it yet.
+func (s *side) wasMember() bool {
+	set, err := ReadSet(s.source())
+	return err == nil && set != nil && set.Has(s.t.guid())
+}
+
+// hadTree says whether a target that has lost its memory is as the source is, or as it was at a generation that it knows.
+func (r *run) hadTree(s *side, src lineageSide) (bool, error) {
+	base := src.state
+	if base == nil {
+		return false, nil
+	}
+	sel, err := base.selection()
+	if err != nil {
+		return false, err
+	}
+	v := r.view(s)
+	d, err := v.digest(sel, nil)
+	if err != nil {
+		return false, err
+	}
+	known := d == base.Digest || slices.ContainsFunc(base.Past, func(p Past) bool { return p.Digest == d })
+	if !known {
+		now, err := r.digest(sel)
+		if err != nil || d != now {
+			return false, err
+		}
+	}
+	if now := base.next(d, r.sel); base.sameSelection(now) {
+		return true, nil
+	}
+	// Other parts than those of the last run would be overwritten too.
+	return v.keeps(base)
 }
 
 // alike says whether a target differs from the source by nothing but boot counters, in all that its state speaks of.
