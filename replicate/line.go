@@ -94,9 +94,10 @@ func (r *run) begun() error {
 	}
 	r.line = &line{state: st, lost: lost}
 	if st != nil && len(r.opt.Selection.Select) == 0 && len(st.Named) == 0 {
-		// What entries once referred to stays selected, so that it goes from the targets when it goes from the source.
+		// What entries once referred to stays selected, so that it goes from the targets when it goes from the source. What is
+		// excluded since then does not come back that way.
 		for _, a := range st.Anchors {
-			if it := r.src.Root().lookup(a); it != nil && !r.sel.touches(a) {
+			if it := r.src.Root().lookup(a); it != nil && !r.sel.touches(a) && !r.sel.barred(a) {
 				r.sel.anchors = append(r.sel.anchors, it.Path)
 			}
 		}
@@ -159,7 +160,7 @@ func (r *run) adapt() error {
 		s.items, s.gone = map[*Item]*Item{}, nil
 		if st := s.state; st != nil && r.line != nil && len(r.opt.Selection.Select) == 0 && len(st.Named) == 0 {
 			for _, a := range st.Anchors {
-				if r.src.Root().lookup(a) == nil && !r.sel.touches(a) {
+				if r.src.Root().lookup(a) == nil && !r.sel.touches(a) && !r.sel.barred(a) {
 					s.gone = append(s.gone, a)
 				}
 			}
@@ -277,7 +278,7 @@ func (r *run) judge() error {
 		case base == nil && r.line.lost != nil:
 			in.Verdict, why = Diverged, r.line.lost.Error()
 		default:
-			in.Verdict, why = r.compareTarget(s, from)
+			in.Verdict, why = r.standing(s, from)
 			if s.res.Err != nil {
 				continue
 			}
@@ -328,6 +329,10 @@ func (r *run) judge() error {
 			continue
 		}
 		rec.Source, rec.Own, rec.Updated = r.line.fp, noFingerprint, r.now().Unix()
+		if err := rec.readable(); err != nil {
+			s.fail(fmt.Errorf("cannot note generation %d on %s: %w", rec.Generation, s.t.Name, err))
+			continue
+		}
 		s.record = &rec
 	}
 	r.line.save = left > 0 && (r.line.state == nil || !r.line.state.same(now))
@@ -342,6 +347,57 @@ func (r *run) compareTarget(s *side, src lineageSide) (Verdict, string) {
 		return Diverged, ""
 	}
 	return compareLines(src, dst)
+}
+
+// standing is compareTarget, or where a target has lost its memory, what its tree says.
+func (r *run) standing(s *side, src lineageSide) (Verdict, string) {
+	if s.state != nil || !s.wasMember() {
+		return r.compareTarget(s, src)
+	}
+	known, err := r.hadTree(s, src)
+	switch {
+	case err != nil:
+		s.fail(fmt.Errorf("cannot read %s: %w", s.t.Name, err))
+	case known:
+		return FastForward, ""
+	}
+	return Diverged, fmt.Sprintf("the target's memory is lost: by its %s it is a member, its %s is gone, and it has a tree that the source does not know", SetPath, StatePath)
+}
+
+// wasMember says whether a target has taken part in a run, by the set file that it holds itself: that comes to a member by
+// a run alone, and the state with it. One that was only added has none that names it yet.
+func (s *side) wasMember() bool {
+	set, err := ReadSet(s.source())
+	return err == nil && set != nil && set.Has(s.t.guid())
+}
+
+// hadTree says whether a target that has lost its memory is as the source is, or as it was at a generation that it knows.
+func (r *run) hadTree(s *side, src lineageSide) (bool, error) {
+	base := src.state
+	if base == nil {
+		return false, nil
+	}
+	sel, err := base.selection()
+	if err != nil {
+		return false, err
+	}
+	v := r.view(s)
+	d, err := v.digest(sel, nil)
+	if err != nil {
+		return false, err
+	}
+	known := d == base.Digest || slices.ContainsFunc(base.Past, func(p Past) bool { return p.Digest == d })
+	if !known {
+		now, err := r.digest(sel)
+		if err != nil || d != now {
+			return false, err
+		}
+	}
+	if now := base.next(d, r.sel); base.sameSelection(now) {
+		return true, nil
+	}
+	// Other parts than those of the last run would be overwritten too.
+	return v.keeps(base)
 }
 
 // alike says whether a target differs from the source by nothing but boot counters, in all that its state speaks of.
@@ -528,6 +584,7 @@ type view struct {
 	src   Source
 	texts map[string]string
 	hash  func(*Item) ([32]byte, error)
+	now   *selection // what the run replicates; nil where the view is not of what it would overwrite
 }
 
 // digest is that of a part of the tree, without the files of another part.
@@ -546,10 +603,17 @@ func (r *run) targetDigest(s *side, sel *selection, without func(*Item) bool) (D
 	return treeDigest(v.src, sel, v.texts, without, v.hash)
 }
 
-// keeps says whether the rest of a state is as it was.
+// keeps says whether the rest of a state is as it was. What was forgotten of it may have been changed: that matters where
+// this run would overwrite it.
 func (v view) keeps(st *State) (bool, error) {
 	main, err := st.selection()
 	for i := range st.Rest {
+		if st.Rest[i].Lost {
+			if v.now != nil && st.Rest[i].concerns(v.now) {
+				return false, err
+			}
+			continue
+		}
 		var sel *selection
 		var d Digest
 		if err == nil {
@@ -578,7 +642,7 @@ func (r *run) rest(v view, st *State, gone []string, known bool) ([]Part, error)
 	parts := st.left(r.sel, gone)
 	for i := range parts {
 		parts[i].Digest = Digest{}
-		if !known {
+		if !known || parts[i].Lost {
 			continue
 		}
 		sel, err := parts[i].selection()
@@ -593,7 +657,9 @@ func (r *run) rest(v view, st *State, gone []string, known bool) ([]Part, error)
 }
 
 // sourceView is the source as the member that it is.
-func (r *run) sourceView() view { return view{r.src, r.texts(r.opt.SourceGUID), r.hash} }
+func (r *run) sourceView() view {
+	return view{src: r.src, texts: r.texts(r.opt.SourceGUID), hash: r.hash}
+}
 
 // view is a target as the member that it is.
 func (r *run) view(s *side) view {
@@ -622,7 +688,7 @@ func (r *run) view(s *side) view {
 		}
 		defer rd.Close()
 		return hashReader(rd, it.Size)
-	}}
+	}, r.sel}
 }
 
 // remember notes the generation on the source, before any target is told of it: so whatever a target claims to have,
@@ -634,10 +700,11 @@ func (r *run) remember(ctx context.Context) error {
 	return r.note(ctx, r.opt.Save)
 }
 
-// note gives the source's state to a function that writes it, or tries to, where there is something to note.
+// note gives the source's state to a function that writes it, or tries to, where there is something to note. save may be
+// nil: then it is only seen to that what would be written could be read again.
 func (r *run) note(ctx context.Context, save func(context.Context, []byte) error) error {
 	l := r.line
-	if l == nil || !l.save || save == nil || len(r.alive()) == 0 {
+	if l == nil || !l.save || len(r.alive()) == 0 {
 		return nil
 	}
 	st := *l.now
@@ -661,6 +728,12 @@ func (r *run) note(ctx context.Context, save func(context.Context, []byte) error
 		return fmt.Errorf("cannot note generation %d on %s: %w", st.Generation, r.src.Name(), err)
 	}
 	st.Source, st.Own, st.Updated = "", "", r.now().Unix()
+	if err := st.readable(); err != nil {
+		return fmt.Errorf("cannot note generation %d on %s: %w", st.Generation, r.src.Name(), err)
+	}
+	if save == nil {
+		return nil
+	}
 	if err := save(ctx, st.Bytes()); err != nil {
 		return fmt.Errorf("cannot note generation %d on %s: %w", st.Generation, r.src.Name(), err)
 	}

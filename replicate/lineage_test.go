@@ -434,6 +434,55 @@ func TestState(t *testing.T) {
 			t.Errorf("%s: %+v, %v", name, st, err)
 		}
 	}
+	// The selections of the state and of its parts are what a run could have selected.
+	for _, sel := range []struct {
+		part Part
+		ok   bool
+	}{
+		{Part{Anchors: []string{"LOADER", "EFI/LINUX", "0123", "VMLINUZ"}}, true},
+		{Part{Anchors: []string{"EFI/MICROSOFT", "$RECYCLE.BIN", "X.TMP"}}, true}, // an entry refers to it, and it is left out
+		{Part{Anchors: []string{"EFI/MICROSOFT/BOOT"}, Named: []string{"EFI/MICROSOFT/BOOT"}}, true},
+		{Part{Anchors: []string{"EFI/MICROSOFT/BOOT", "LOADER"}, Named: []string{"EFI/MICROSOFT", "LOADER"}}, true},
+		{Part{Anchors: []string{"EFI", "LOADER"}, Named: []string{""}, Exclude: []string{"*.BAK", "*.BAK", "EFI/[A-C]*"}}, true},
+		{Part{Anchors: []string{"EFI/MICROSOFT/BOOT"}}, false},
+		{Part{Anchors: []string{"EFI/ESPMIRROR/JOURNAL"}}, false},
+		{Part{Anchors: []string{"EFI/ESPMIRROR/JOURNAL"}, Named: []string{"EFI/ESPMIRROR/JOURNAL"}}, false},
+		{Part{Anchors: []string{"EFI/FOO/FW/X"}}, false},
+		{Part{Anchors: []string{"A/GRUBENV/B"}}, false},
+		{Part{Anchors: []string{"LOADER", "LOADER"}}, false},
+		{Part{Anchors: []string{"EFI", "LOADER", "EFI/LINUX"}}, false},
+		{Part{Anchors: []string{""}, Named: []string{""}}, false},
+		{Part{Anchors: []string{"/"}}, false},
+		{Part{Anchors: []string{"\\"}}, false},
+		{Part{Anchors: []string{"/EFI"}}, false},
+		{Part{Anchors: []string{"EFI/"}}, false},
+		{Part{Anchors: []string{"EFI//LINUX"}}, false},
+		{Part{Anchors: []string{"EFI\\LINUX"}}, false},
+		{Part{Anchors: []string{"EFI/../LOADER"}}, false},
+		{Part{Anchors: []string{"."}}, false},
+		{Part{Anchors: []string{"efi"}}, false},
+		{Part{Anchors: []string{"A" + strings.Repeat("/A", maxParts)}}, false},
+		{Part{Anchors: []string{"EFI"}, Named: []string{"LOADER/RANDOM-SEED"}}, false},
+		{Part{Anchors: []string{"EFI"}, Named: []string{"EFI/"}}, false},
+		{Part{Anchors: []string{"EFI"}, Exclude: []string{""}}, false},
+		{Part{Anchors: []string{"EFI"}, Exclude: []string{"["}}, false},
+		{Part{Anchors: []string{"EFI"}, Exclude: []string{"/EFI"}}, false},
+		{Part{Anchors: []string{"EFI"}, Exclude: slices.Repeat([]string{"A"}, maxPaths+1)}, false},
+	} {
+		p := sel.part
+		s := &State{Version: 1, Lineage: st.Lineage, Generation: maxGeneration, Anchors: p.Anchors, Named: p.Named, Exclude: p.Exclude}
+		if _, err := ParseState(s.Bytes()); (err == nil) != sel.ok || err != nil && !errors.Is(err, ErrState) {
+			t.Errorf("%+v: %v", p, err)
+		}
+		s = &State{Version: 1, Lineage: st.Lineage, Generation: 1, Anchors: []string{"LOADER"}, Rest: []Part{p}}
+		if _, err := ParseState(s.Bytes()); (err == nil) != sel.ok || err != nil && !errors.Is(err, ErrState) {
+			t.Errorf("a part that is %+v: %v", p, err)
+		}
+	}
+	over := &State{Version: 1, Lineage: st.Lineage, Generation: maxGeneration + 1, Anchors: []string{"LOADER"}}
+	if _, err := ParseState(over.Bytes()); !errors.Is(err, ErrState) {
+		t.Error(err)
+	}
 	// What a hostile file selects does not open what belongs to one ESP alone.
 	hostile := &State{Version: 1, Lineage: st.Lineage, Generation: 1, Anchors: []string{"EFI/ESPMIRROR"}, Named: []string{"EFI/ESPMIRROR"}}
 	if _, err := hostile.selection(); !errors.Is(err, ErrState) {

@@ -57,7 +57,7 @@ func (s *selection) selectPath(p string) error {
 		if match(untouchable, q) {
 			return fmt.Errorf("%w: %q belongs to one ESP alone, and is never replicated", ErrSelection, p)
 		}
-		if q != k && match(ownPatterns, q) {
+		if q != k && match(ownPatterns, q) && !slices.Contains(s.opened, q) {
 			s.opened = append(s.opened, q)
 		}
 	}
@@ -191,6 +191,17 @@ func (s *selection) excluded(p string) bool {
 		}
 	}
 	return match(ownPatterns, k)
+}
+
+// barred says whether an anchor stays out because of itself or of a directory above it. Who comes to a path from the root
+// sees the directories one by one; an anchor is gone to at once, and what excludes a directory must hold for it too.
+func (s *selection) barred(p string) bool {
+	k := fatdriver.Fold(p)
+	all := prefixes(k)
+	if slices.ContainsFunc(all, func(q string) bool { return match(s.excludes, q) }) {
+		return true
+	}
+	return !s.byName[k] && slices.ContainsFunc(all, s.excluded) // its own name opens the way to it
 }
 
 // match says whether a folded path matches one of the patterns.

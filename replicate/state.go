@@ -8,7 +8,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"path"
 	"slices"
+	"strings"
 	"time"
 
 	"espmirror/fatdriver"
@@ -32,6 +34,15 @@ const stateVersion = 1
 const (
 	maxState   = 64 << 10
 	maxHistory = 64
+)
+
+// maxPaths bounds the anchors, names and exclusions of a state each, and maxParts the names in one of its paths, of which FAT
+// allows 260 characters: what is asked about each path of a tree must not take long. maxGeneration bounds the number of the
+// generation, so that there is always a next one.
+const (
+	maxPaths      = 4096
+	maxParts      = 32
+	maxGeneration = 1 << 62
 )
 
 // Digest is the SHA-256 of a selected tree: names, kinds and contents, in a form that is the same on all members (see
@@ -85,6 +96,9 @@ type Part struct {
 	Named   []string `json:"named,omitempty"`
 	Exclude []string `json:"exclude,omitempty"`
 	Digest  Digest   `json:"digest"` // zero: nobody knows
+	// Lost is for what was forgotten, as there were too many parts: nothing is known of the anchors, and all paths are meant
+	// when there are none. What is selected of it again counts as changed.
+	Lost bool `json:"lost,omitempty"`
 }
 
 // selection is that of the part; it returns ErrState.
@@ -92,27 +106,141 @@ func (p *Part) selection() (*selection, error) {
 	return (&State{Anchors: p.Anchors, Named: p.Named, Exclude: p.Exclude}).selection()
 }
 
-// maxRest bounds the number of parts that a state remembers.
-const maxRest = 8
+// check says what is wrong with the selection of a part. A state file lies on a FAT, where anything may have become of it,
+// and its anchors are gone to without a look at the directories above: they must be what a run could have selected.
+func (p *Part) check() error {
+	if len(p.Anchors) == 0 && !p.Lost {
+		return errors.New("it names no tree")
+	}
+	if n := max(len(p.Anchors), len(p.Named), len(p.Exclude)); n > maxPaths {
+		return fmt.Errorf("it lists %d paths, at most %d are read", n, maxPaths)
+	}
+	sel := &selection{byName: map[string]bool{}}
+	for _, n := range p.Named {
+		if err := checkPath(n); err != nil {
+			return err
+		}
+		if err := sel.selectPath(n); err != nil {
+			return err
+		}
+	}
+	if len(sel.opened) > maxPaths/16 {
+		return fmt.Errorf("it names files in %d directories that belong to one ESP alone", len(sel.opened))
+	}
+	for _, x := range p.Exclude {
+		if err := checkPath(x); err != nil {
+			return err
+		}
+		if _, err := path.Match(x, ""); err != nil || x == "" {
+			return fmt.Errorf("%q is not a pattern", x)
+		}
+	}
+	anchors := map[string]bool{}
+	for _, a := range p.Anchors {
+		if err := checkPath(a); err != nil {
+			return err
+		}
+		if a == "" || anchors[a] {
+			return fmt.Errorf("%q is the root, or there twice", a)
+		}
+		anchors[a] = true
+	}
+	for _, a := range p.Anchors {
+		above := prefixes(a)
+		for _, q := range above[:len(above)-1] {
+			if anchors[q] {
+				return fmt.Errorf("%q lies in %q, which is listed too", a, q)
+			}
+			// An anchor that is itself of this kind is one that an entry refers to, and is left out like any other path.
+			if sel.excluded(q) {
+				return fmt.Errorf("%q lies in what belongs to one ESP alone", a)
+			}
+		}
+	}
+	return nil
+}
+
+// checkPath wants a path as setSelection writes it.
+func checkPath(p string) error {
+	if clean, err := cleanPath(p); err != nil || clean != p || fatdriver.Fold(p) != p || strings.Count(p, "/") >= maxParts {
+		return fmt.Errorf("%q is not a path of a selection", p)
+	}
+	return nil
+}
+
+// maxRest bounds the number of parts that a state remembers, and maxLost the anchors of those that it has forgotten.
+const (
+	maxRest = 8
+	maxLost = 64
+)
 
 // left are the parts of the state and of its rest that a selection does not have. Those in gone are no more.
 func (s *State) left(sel *selection, gone []string) []Part {
 	now := &State{}
 	now.setSelection(sel)
 	var out []Part
+	var lost *Part
 	for _, p := range append([]Part{{Anchors: s.Anchors, Named: s.Named, Exclude: s.Exclude}}, s.Rest...) {
-		same := slices.Equal(p.Exclude, now.Exclude) && !slices.ContainsFunc(p.Named, func(n string) bool { return !sel.byName[n] && !sel.everything() })
+		same := slices.Equal(p.Exclude, now.Exclude)
+		if p.Lost {
+			// Its exclusions are those of all that came together in it: one that leaves out no more has it all.
+			same = !slices.ContainsFunc(now.Exclude, func(x string) bool { return !slices.Contains(p.Exclude, x) })
+		}
+		unnamed := func(n string) bool { return !sel.byName[n] && !sel.everything() }
+		all := len(p.Anchors) == 0
 		p.Anchors = slices.DeleteFunc(slices.Clone(p.Anchors), func(a string) bool {
-			return same && (sel.everything() || sel.covers(a)) || slices.Contains(gone, a)
+			open := slices.ContainsFunc(p.Named, func(n string) bool { return unnamed(n) && (!p.Lost || n == a || inside(n, a)) })
+			return same && !open && (sel.everything() || sel.covers(a)) || slices.Contains(gone, a)
 		})
 		twice := slices.ContainsFunc(out, func(q Part) bool {
 			return slices.Equal(p.Anchors, q.Anchors) && slices.Equal(p.Named, q.Named) && slices.Equal(p.Exclude, q.Exclude)
 		})
-		if len(p.Anchors) > 0 && !twice && len(out) < maxRest {
+		switch {
+		case all && !(same && sel.everything()): // all is lost
+			lost = lost.with(p)
+		case len(p.Anchors) == 0 || twice && !p.Lost:
+		case p.Lost || len(out) == maxRest:
+			lost = lost.with(p)
+		default:
 			out = append(out, p)
 		}
 	}
+	if lost != nil {
+		out = append(out, *lost)
+	}
 	return out
+}
+
+// with is the part that stands for two that are forgotten: all that either of them may have selected. p may be nil.
+func (p *Part) with(q Part) *Part {
+	out := &Part{Anchors: slices.Clone(q.Anchors), Named: slices.Clone(q.Named), Exclude: q.Exclude, Lost: true}
+	if p != nil {
+		out.Anchors, out.Named = append(out.Anchors, p.Anchors...), append(out.Named, p.Named...)
+		out.Exclude = slices.DeleteFunc(slices.Clone(q.Exclude), func(x string) bool { return !slices.Contains(p.Exclude, x) })
+	}
+	slices.Sort(out.Anchors)
+	out.Anchors = slices.Compact(out.Anchors)
+	have := &selection{}
+	for _, a := range out.Anchors {
+		if !have.covers(a) { // what is above it comes before it
+			have.anchors = append(have.anchors, a)
+		}
+	}
+	out.Anchors = have.anchors
+	// Of the names count those without which something there would not be selected.
+	slices.Sort(out.Named)
+	out.Named = slices.DeleteFunc(slices.Compact(out.Named), func(n string) bool {
+		return !have.covers(n) || !slices.ContainsFunc(prefixes(n), func(q string) bool { return match(ownPatterns, q) })
+	})
+	if len(q.Anchors) == 0 || p != nil && len(p.Anchors) == 0 || len(out.Anchors) > maxLost {
+		out.Anchors, out.Named = nil, nil
+	}
+	return out
+}
+
+// concerns says whether a selection has something of what was forgotten.
+func (p *Part) concerns(sel *selection) bool {
+	return len(p.Anchors) == 0 || sel.everything() || slices.ContainsFunc(p.Anchors, func(a string) bool { return sel.touches(a) && !sel.barred(a) })
 }
 
 // Past is an earlier generation.
@@ -143,6 +271,17 @@ func ParseState(text []byte) (*State, error) {
 	if s.Generation == 0 || len(s.Anchors) == 0 {
 		return nil, fmt.Errorf("%w: it names no generation or no tree", ErrState)
 	}
+	if s.Generation > maxGeneration {
+		return nil, fmt.Errorf("%w: generation %d is more than can be counted", ErrState, s.Generation)
+	}
+	if len(s.Rest) > maxRest+1 { // one for all that is forgotten
+		return nil, fmt.Errorf("%w: it has %d parts besides the last selection, at most %d are kept", ErrState, len(s.Rest), maxRest+1)
+	}
+	for _, p := range append([]Part{{Anchors: s.Anchors, Named: s.Named, Exclude: s.Exclude}}, s.Rest...) {
+		if err := p.check(); err != nil {
+			return nil, fmt.Errorf("%w: %w", ErrState, err)
+		}
+	}
 	if len(s.Past) > maxHistory {
 		s.Past = s.Past[:maxHistory]
 	}
@@ -156,6 +295,25 @@ func (s *State) Bytes() []byte {
 		panic("internal error: " + err.Error()) // strings and numbers only
 	}
 	return append(text, '\n')
+}
+
+// readable says why the state could not be read back, before it is written. A state that its own program refuses would
+// make the member a stranger to its set.
+func (s *State) readable() error {
+	long := *s
+	if long.Interim == nil {
+		long.Interim = &Digest{} // a run that makes room adds it
+	}
+	if n := len(long.Bytes()); n > maxState {
+		return &Hint{
+			refusal{fmt.Errorf("%s would have %d bytes, at most %d are read", StatePath, n, maxState)},
+			"select or exclude fewer paths: the directories that hold them, or a pattern",
+		}
+	}
+	if _, err := ParseState(s.Bytes()); err != nil {
+		return refusal{fmt.Errorf("%s could not be read again: %w", StatePath, err)}
+	}
+	return nil
 }
 
 // UpdatedAt is when the last run ended.

@@ -39,7 +39,7 @@ func (r *run) wants(s *side, staged bool) ([]switchPoint, []Change, error) {
 	var out []switchPoint
 	created := map[string]*fatdriver.Want{} // topmost missing directory, folded → what is wanted there
 	for _, a := range anchors {
-		if r.sel.excluded(a) {
+		if r.sel.barred(a) {
 			continue
 		}
 		it := r.src.Root().lookup(a)
