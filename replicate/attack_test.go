@@ -775,28 +775,6 @@ func TestAttackStaleByDetour(t *testing.T) {
 	}
 }
 
-// The files of the primary are restored from a backup, the state is not: product.md, rule 4, calls a source whose digest
-// stands in the target's history stale.
-func TestAttackRestoredBackup(t *testing.T) {
-	ms := newMembers(t, geometries[2], nil, "a", "b")
-	a, b := ms[0], ms[1]
-	tree := func(v string) map[string]string { return withFiles(map[string]string{"EFI/Linux/" + v: v}) }
-	a.write(t, tree("v1"))
-	res, err := a.sync(t, Options{}, b)
-	expectResults(t, "first", res, err, Synced)
-	a.replace(t, tree("v2"))
-	res, err = a.sync(t, Options{}, b)
-	expectResults(t, "second", res, err, Synced)
-	a.replace(t, tree("v1"))
-	res, err = a.sync(t, Options{}, b)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if b.files(t)["EFI/Linux/v2"] != "v2" {
-		t.Errorf("overwritten by a tree that stands in its history: %+v", res[0].Lineage)
-	}
-}
-
 // Many texts of one member, and entries without words: the time to look for them.
 func TestAttackManyTexts(t *testing.T) {
 	file := "member " + guidA + "\n"
