@@ -81,6 +81,7 @@ func (r *run) compare(ctx context.Context) error {
 		// A plan that is refused is refused in the plan, with its reason.
 		_, changes, err := r.wants(s, false)
 		s.same = err == nil && len(changes) == 0
+		s.counters = err == nil && !slices.ContainsFunc(changes, func(c Change) bool { return !countsAlone(c) })
 	}
 	return nil
 }

@@ -10,7 +10,6 @@ import (
 	"strings"
 	"time"
 
-	"espmirror/blockdev"
 	"espmirror/fatdriver"
 )
 
@@ -410,12 +409,14 @@ func (r *run) alike(s *side) bool {
 	if s.state == nil || !s.state.sameSelection(sel) {
 		return false
 	}
-	_, changes, err := r.wants(s, false)
-	return err == nil && !slices.ContainsFunc(changes, func(c Change) bool {
-		dir := path.Dir(c.Path)
-		return c.Op != "rename" || c.Dir || fatdriver.Fold(path.Dir(c.From)) != fatdriver.Fold(dir) ||
-			entryKey(dir, path.Base(c.From)) != entryKey(dir, path.Base(c.Path))
-	})
+	return s.counters
+}
+
+// countsAlone says whether a change is only one of a boot counter.
+func countsAlone(c Change) bool {
+	dir := path.Dir(c.Path)
+	return c.Op == "rename" && !c.Dir && fatdriver.Fold(path.Dir(c.From)) == fatdriver.Fold(dir) &&
+		entryKey(dir, path.Base(c.From)) == entryKey(dir, path.Base(c.Path))
 }
 
 // notes says whether a target that has the tree already is told of the generation.
@@ -464,7 +465,7 @@ func (r *run) judgeStranger(s *side) error {
 
 // digest is the digest of a part of the source's tree.
 func (r *run) digest(sel *selection) (Digest, error) {
-	return treeDigest(r.src, sel, r.texts(r.opt.SourceGUID), nil, r.hash)
+	return r.sourceView().digest(sel, nil)
 }
 
 // between refuses a source that was left between the two transactions of a run: nobody made that tree, it only lacks what
@@ -587,21 +588,13 @@ type view struct {
 	now   *selection // what the run replicates; nil where the view is not of what it would overwrite
 }
 
-// digest is that of a part of the tree, without the files of another part.
-func (v view) digest(sel, but *selection) (Digest, error) {
-	var without func(*Item) bool
-	if but != nil {
-		without = func(it *Item) bool { return !it.Dir && but.takes(it.Path) }
-	}
+// digest is that of a part of the tree. Files for which without is true are left out; it may be nil.
+func (v view) digest(sel *selection, without func(*Item) bool) (Digest, error) {
 	return treeDigest(v.src, sel, v.texts, without, v.hash)
 }
 
-// targetDigest is the digest of a part of a target's tree, by the words of its own set file. Files for which without is
-// true are left out; it may be nil.
-func (r *run) targetDigest(s *side, sel *selection, without func(*Item) bool) (Digest, error) {
-	v := r.view(s)
-	return treeDigest(v.src, sel, v.texts, without, v.hash)
-}
+// files says of an item whether it is a file that the selection takes.
+func (s *selection) files(it *Item) bool { return !it.Dir && s.takes(it.Path) }
 
 // keeps says whether the rest of a state is as it was. What was forgotten of it may have been changed: that matters where
 // this run would overwrite it.
@@ -620,7 +613,7 @@ func (v view) keeps(st *State) (bool, error) {
 			sel, err = st.Rest[i].selection()
 		}
 		if err == nil {
-			d, err = v.digest(sel, main)
+			d, err = v.digest(sel, main.files)
 		}
 		if err != nil || d != st.Rest[i].Digest {
 			return false, err
@@ -647,7 +640,7 @@ func (r *run) rest(v view, st *State, gone []string, known bool) ([]Part, error)
 		}
 		sel, err := parts[i].selection()
 		if err == nil {
-			parts[i].Digest, err = v.digest(sel, r.sel)
+			parts[i].Digest, err = v.digest(sel, r.sel.files)
 		}
 		if err != nil {
 			return nil, err
@@ -809,12 +802,8 @@ func (r *run) foretell(s *side) {
 }
 
 func (r *run) foretold(s *side) error {
-	d := s.rehearsal(blockdev.NewOverlay(s.dev))
-	var err error
-	if d.vol, err = fatdriver.Open(d.dev); err != nil {
-		return err
-	}
-	if err := r.scan(d); err != nil {
+	r, d, err := r.onCopy(s)
+	if err != nil {
 		return err
 	}
 	points, _, err := r.wants(d, false)
@@ -845,12 +834,4 @@ func (r *run) foretold(s *side) error {
 	}
 	s.file.data = text
 	return nil
-}
-
-// rehearsal is the side on another device, to try something there.
-func (s *side) rehearsal(dev blockdev.Device) *side {
-	d := &side{t: s.t, res: &Result{}, match: s.match, entries: s.entries, files: s.files, staged: s.staged, partner: s.partner, items: s.items, gone: s.gone, state: s.state, record: s.record, file: s.file,
-		count: blockdev.NewCounting(dev)}
-	d.dev = d.count
-	return d
 }

@@ -66,34 +66,19 @@ func (r *run) makePlan(s *side) error {
 			s.res.Summary, s.res.Outcome = d.res.Summary, Differs
 			return nil
 		}
-		if err := r.removeFirst(s, entries, files); err != nil {
-			return err
-		}
-		return r.planOnce(s)
+		return r.roomAndPlan(s, entries, files)
 	}
 	return err
 }
 
 // tryRoom makes room and the plan on a copy.
 func (r *run) tryRoom(s *side, entries, files []string) (*side, error) {
-	dry := *r
-	dry.opt.DryRun, dry.log = true, slog.New(slog.DiscardHandler)
-	d := s.rehearsal(blockdev.NewOverlay(s.dev))
+	dry, d, err := r.onCopy(s)
+	if err != nil {
+		return nil, err
+	}
 	d.staged = true
-	var err error
-	if d.vol, err = fatdriver.Open(d.dev); err != nil {
-		return nil, err
-	}
-	if err := dry.scan(d); err != nil {
-		return nil, err
-	}
-	if d.free, err = d.tree.Allocatable(); err != nil {
-		return nil, err
-	}
-	if err := dry.removeFirst(d, entries, files); err != nil {
-		return nil, err
-	}
-	return d, dry.planOnce(d)
+	return d, dry.roomAndPlan(d, entries, files)
 }
 
 // makeRoom carries out the first transaction of a target that needs two, and plans the second.
@@ -101,16 +86,22 @@ func (r *run) makeRoom(s *side) {
 	if !s.staged || s.plan != nil {
 		return
 	}
-	var err error
-	if s.free, err = s.tree.Allocatable(); err == nil {
-		err = r.removeFirst(s, s.entries, s.files)
-	}
-	if err == nil {
-		err = r.planOnce(s)
-	}
-	if err != nil {
+	s.res.Summary = Summary{} // it was that of the copy
+	if err := r.roomAndPlan(s, s.entries, s.files); err != nil {
 		s.fail(fmt.Errorf("cannot make room on %s: %w", s.t.Name, err))
 	}
+}
+
+// roomAndPlan removes what goes first, and plans the rest.
+func (r *run) roomAndPlan(s *side, entries, files []string) error {
+	var err error
+	if s.free, err = s.tree.Allocatable(); err != nil {
+		return err
+	}
+	if err := r.removeFirst(s, entries, files); err != nil {
+		return err
+	}
+	return r.planOnce(s)
 }
 
 // planOnce makes the plan of a target as it is.
@@ -360,18 +351,25 @@ func loses(p switchPoint, refers func(path string) bool) bool {
 // rehearse makes the plan of a target with everything that must be written before it, in memory: whoever has not enough
 // room in the end is refused before the first write.
 func (r *run) rehearse(s *side) error {
-	dry := *r
-	dry.opt.DryRun, dry.log = true, slog.New(slog.DiscardHandler)
-	d := s.rehearsal(blockdev.NewOverlay(s.dev))
-	d.staged = false
-	var err error
-	if d.vol, err = fatdriver.Open(d.dev); err != nil {
-		return err
-	}
-	if err := dry.scan(d); err != nil {
+	dry, d, err := r.onCopy(s)
+	if err != nil {
 		return err
 	}
 	return dry.makePlan(d)
+}
+
+// onCopy is the run and the target as they are, on a copy of the target in memory and without a word.
+func (r *run) onCopy(s *side) (*run, *side, error) {
+	dry := *r
+	dry.opt.DryRun, dry.log = true, slog.New(slog.DiscardHandler)
+	d := &side{t: s.t, res: &Result{}, match: s.match, items: s.items, gone: s.gone, partner: s.partner,
+		state: s.state, record: s.record, file: s.file, count: blockdev.NewCounting(blockdev.NewOverlay(s.dev))}
+	d.dev = d.count
+	var err error
+	if d.vol, err = fatdriver.Open(d.dev); err != nil {
+		return nil, nil, err
+	}
+	return &dry, d, dry.scan(d)
 }
 
 // summarize fills in the exact numbers of a plan.

@@ -317,7 +317,7 @@ func (r *run) withInterim(s *side, steps []fatdriver.Step) []fatdriver.Step {
 	for _, c := range s.early {
 		gone[fatdriver.Fold(c.Path)] = true
 	}
-	d, err := r.targetDigest(s, sel, func(it *Item) bool { return gone[fatdriver.Fold(it.Path)] })
+	d, err := r.view(s).digest(sel, func(it *Item) bool { return gone[fatdriver.Fold(it.Path)] })
 	if err != nil {
 		return steps
 	}

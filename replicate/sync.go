@@ -46,6 +46,7 @@ type side struct {
 	gone     []string        // what an earlier run brought, and neither the source nor the selection has any more
 	skip     bool            // the fingerprints say that nothing has changed since the last run
 	same     bool            // the tree is as it should be
+	counters bool            // it is, but for boot counters
 	record   *State          // what the target is to remember of this run, nil when nothing new
 	file     *Item           // that, as a file
 	partner  *side           // the other volume of its pair, nil when it goes alone
