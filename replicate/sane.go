@@ -44,14 +44,9 @@ func namedBy(src Source, skip func(path string) bool) ([]entry, error) {
 
 // readEntry reads a loader entry of a source.
 func readEntry(src Source, e *Item) (*bls.Entry, error) {
-	r, err := src.Open(e)
+	text, err := readItem(src, e)
 	if err != nil {
-		return nil, fmt.Errorf("%w: cannot read %s: %w", ErrSource, e.Path, err)
-	}
-	defer r.Close()
-	text := make([]byte, e.Size)
-	if _, err := io.ReadFull(r, text); err != nil {
-		return nil, fmt.Errorf("%w: cannot read %s: %w", ErrSource, e.Path, shrunk(err))
+		return nil, err
 	}
 	return bls.Parse(e.Path, string(text)), nil
 }

@@ -121,7 +121,7 @@ func (inv *invocation) timeout() (limit time.Duration, given bool, err error) {
 	if v == "" {
 		return 0, false, nil
 	}
-	if limit, err = parseTime(v); err != nil {
+	if limit, err = replicate.ParseTime(v); err != nil {
 		return 0, true, usagef("--timeout: %v", err)
 	}
 	return limit, true, nil
