@@ -12,8 +12,6 @@ import (
 	"time"
 	"unicode/utf16"
 
-	"golang.org/x/sys/unix"
-
 	"espmirror/blockdev"
 	"espmirror/fixtures"
 )
@@ -397,7 +395,7 @@ func TestSyncBySet(t *testing.T) {
 	r.disk("sdx", foreign)
 	r.copyIn("sda1", "loader/loader.conf", "timeout 1\n")
 	r.run("sync", "-n").want(exitDiffers).has("machine/dev/sdb1: differs, 1 change", "machine/dev/sdc1: differs, 1 change")
-	opened := opens(t, "machine/dev")
+	opened := fixtures.Opens(t, "machine/dev")
 	if code := r.app.run(r.ctx, []string{"espmirror", "sync"}); code != 0 { // the bench would open everything
 		t.Fatal(code, r.err.String())
 	}
@@ -592,32 +590,4 @@ func TestPrimaryHeld(t *testing.T) {
 	r.run("add", r.node("sdc1")).want(exitFailed).has("locked by another program")
 	release()
 	r.do("add", r.node("sdc1")).want(0)
-}
-
-// opens watches a directory, and returns a function that tells which files have been opened since the last call.
-func opens(t *testing.T, dir string) func() []string {
-	t.Helper()
-	fd, err := unix.InotifyInit1(unix.IN_CLOEXEC | unix.IN_NONBLOCK)
-	if err != nil {
-		t.Skipf("inotify: %v", err)
-	}
-	t.Cleanup(func() { _ = unix.Close(fd) })
-	if _, err := unix.InotifyAddWatch(fd, dir, unix.IN_OPEN); err != nil {
-		t.Skipf("inotify: %v", err)
-	}
-	return func() (names []string) {
-		buf := make([]byte, 64<<10)
-		for {
-			n, err := unix.Read(fd, buf)
-			if err != nil {
-				slices.Sort(names)
-				return slices.Compact(names)
-			}
-			for b := buf[:n]; len(b) > 0; {
-				length := binary.NativeEndian.Uint32(b[12:])
-				names = append(names, strings.TrimRight(string(b[16:16+length]), "\x00"))
-				b = b[16+length:]
-			}
-		}
-	}
 }
