@@ -270,7 +270,7 @@ func (r *run) judge() error {
 			}
 			continue
 		}
-		why := ""
+		var why string
 		switch {
 		case s.stateErr != nil:
 			in.Verdict, why = Diverged, s.stateErr.Error()

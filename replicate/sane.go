@@ -70,7 +70,7 @@ func (r *run) saneSource() error {
 	programs := map[*Item]entry{} // what entries have started
 	for _, e := range r.named {
 		it := r.src.Root().lookup(e.file)
-		what := ""
+		var what string
 		switch {
 		case it == nil:
 			what = "missing"
@@ -173,7 +173,7 @@ func (r *run) dangling(s *side) ([]entry, error) {
 	}
 	var out []entry
 	for _, e := range slices.Concat(r.named, own) {
-		there := false
+		var there bool
 		if r.sel.takes(e.file) {
 			it := r.src.Root().lookup(e.file)
 			there = it != nil && !it.Dir
