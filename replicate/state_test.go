@@ -168,7 +168,7 @@ func TestStateOneTargetStopsAll(t *testing.T) {
 	a.edit(t, map[string]*string{"own.txt": ptr("x")})
 	c.edit(t, map[string]*string{"loader/loader.conf": nil})
 	c.write(t, withFiles(nil))
-	if res, err = a.sync(t, Options{Force: true}, b, c); err != nil || res[1].Outcome != Synced {
+	if res, err = a.sync(t, Options{Force: true}, b, c); err != nil || res[1].Outcome != InSync {
 		t.Errorf("what is on b stops the run for c: %+v, %v", res, err)
 	}
 }
