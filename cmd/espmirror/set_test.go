@@ -591,3 +591,32 @@ func TestPrimaryHeld(t *testing.T) {
 	release()
 	r.do("add", r.node("sdc1")).want(0)
 }
+
+// The state on the primary is written, and the one target that is left to do is refused: exit status 6.
+func TestStateAndRefusal(t *testing.T) {
+	r := newRig(t)
+	r.set(3)
+	// The primary's state is lost; sdb has the tree still, sdc cannot be used.
+	tool(t, "mdel", "-i", r.node("sda1"), "::EFI/espmirror/state")
+	data, err := os.ReadFile(r.node("sdc1"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	copy(data[3:], "NTFS    ")
+	clear(data[11:64])
+	if err := os.WriteFile(r.node("sdc1"), data, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	before := hashes(t)
+	res := r.do("sync")
+	after := hashes(t)
+	var changed []string
+	for n := range before {
+		if before[n] != after[n] {
+			changed = append(changed, n)
+		}
+	}
+	if res.code != exitPartial || len(changed) == 0 {
+		t.Errorf("exit status %d, and written to: %q\n%s", res.code, changed, res.stderr)
+	}
+}
