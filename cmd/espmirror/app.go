@@ -512,6 +512,8 @@ ENVIRONMENT:
    SYSTEMD_ESP_PATH          the primary when --primary is not given
    SYSTEMD_RELAX_ESP_CHECKS  1 takes a partition of any type for an ESP
    SYSTEMD_LOG_LEVEL         how much is logged when neither -q nor -v is given
+   SOURCE_DATE_EPOCH         the latest date that goes into an archive
+   TMPDIR                    where a compressed archive is unpacked
    NO_COLOR                  not empty: no colours
 
 ` + exitHelp

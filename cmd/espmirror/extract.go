@@ -15,12 +15,17 @@ import (
 func (inv *invocation) extractCommand() *cli.Command {
 	return &cli.Command{
 		Name:      "extract",
-		Usage:     "copy files and directories of a volume into a directory",
-		UsageText: "espmirror extract [--overwrite] --to DIR VOLUME [PATH]...",
+		Usage:     "copy files and directories of a volume into a directory or an archive",
+		UsageText: "espmirror extract [--overwrite] --to DIR VOLUME [PATH]...\nespmirror extract --format=tar|cpio [--overwrite] [--all] [--to FILE] VOLUME [PATH]...",
 		Description: "Files keep their path below DIR, and their time (FAT's local time is taken for UTC). Without a PATH the\n" +
-			"whole volume is taken. Nothing is written outside DIR, whatever the names on the volume.",
+			"whole volume is taken. Nothing is written outside DIR, whatever the names on the volume.\n\n" +
+			"An archive goes to standard output, or into FILE. The same files give the same bytes on any machine: sorted by\n" +
+			"path, owner 0, no date later than SOURCE_DATE_EPOCH when that is set. As others will unpack it, loader/random-seed\n" +
+			"and EFI/espmirror are left out, unless they are named or --all is given.",
 		Flags: []cli.Flag{
-			&cli.GenericFlag{Name: "to", Value: &once{}, Usage: "write below this `DIR`, which is made when it is missing"},
+			&cli.GenericFlag{Name: "to", Value: &once{}, Usage: "write below this `DIR`, which is made when it is missing; an archive into this file (default: -, standard output)"},
+			&cli.StringFlag{Name: "format", Value: "files", Usage: "write `FORMAT`: files, or one archive: tar (ustar and pax) or cpio (newc)"},
+			&cli.BoolFlag{Name: "all", Usage: "take the random seed and espmirror's own files into an archive", DisableDefaultText: true},
 			&cli.BoolFlag{Name: "overwrite", Usage: "replace files that are there already", DisableDefaultText: true},
 		},
 		Action: inv.action(1, -1, "espmirror extract --to DIR VOLUME [PATH]...", inv.extract),
@@ -30,6 +35,14 @@ func (inv *invocation) extractCommand() *cli.Command {
 func (inv *invocation) extract() (report, error) {
 	name, paths := inv.c.Args().First(), inv.c.Args().Tail()
 	to := inv.text("to")
+	if format := inv.text("format"); archiveFormats[format] != nil {
+		return inv.extractArchive(format, to, name, paths)
+	} else if format != "files" {
+		return nil, usagef("--format=%s is not files, tar or cpio", format)
+	}
+	if inv.flag("all") {
+		return nil, usagef("--all goes with --format=tar and --format=cpio; as files, everything is taken")
+	}
 	if to == "" {
 		return nil, &usageError{"no directory was given", "name it with --to, before the volume"}
 	}

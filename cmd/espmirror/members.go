@@ -19,6 +19,7 @@ import (
 	"espmirror/fatdriver"
 	"espmirror/gpt"
 	"espmirror/replicate"
+	"espmirror/replicate/archive"
 )
 
 // lockWait is how long a run waits for the locks on whole disks, which udev and partitioners hold only for moments.
@@ -51,7 +52,8 @@ type members struct {
 type member struct {
 	name   string
 	dir    string        // a primary that is a directory, or mounted there
-	loc    *gpt.Location // nil for a directory and for what was not found
+	packed bool          // a primary that is an archive
+	loc    *gpt.Location // nil for a directory, an archive and for what was not found
 	vol    *volume       // open for reading; nil for a directory and once the guards have passed a target
 	open   *gpt.Volume   // a target that has passed
 	serial string
@@ -95,7 +97,7 @@ func (o *once) Get() any { return o.value }
 
 func setFlags() []cli.Flag {
 	return []cli.Flag{
-		&cli.GenericFlag{Name: "primary", Value: &once{}, Usage: "replicate from this `VOLUME` or directory (default: $SYSTEMD_ESP_PATH, else the ESP that was booted)"},
+		&cli.GenericFlag{Name: "primary", Value: &once{}, Usage: "replicate from this `VOLUME`, directory or archive, - for one from standard input (default: $SYSTEMD_ESP_PATH, else the ESP that was booted)"},
 		&cli.StringSliceFlag{Name: "target", Usage: "replicate to this `VOLUME`; repeat for more (default: the other members of the replica set)"},
 	}
 }
@@ -162,8 +164,8 @@ func (inv *invocation) newMembersOf(verb string, names []string, bySet bool) (*m
 	}
 	m := &members{inv: inv, verb: verb, primary: &member{name: name}, bySet: bySet, booted: booted}
 	for _, name := range names {
-		if isDir(name) {
-			return nil, refusef("cannot %s %s: it is a directory, and a target is a device or an image", verb, name)
+		if err := notATarget(verb, name); err != nil {
+			return nil, err
 		}
 		m.targets = append(m.targets, &member{name: name})
 	}
@@ -299,6 +301,9 @@ func (m *members) findPrimary(among []string) error {
 			m.inv.log.Debug("what is mounted there cannot be used by itself", "directory", p.dir, "err", err)
 			p.loc = nil
 		}
+		return nil
+	}
+	if p.packed = isArchive(p.name); p.packed {
 		return nil
 	}
 	if m.booted {
@@ -556,6 +561,9 @@ func (m *members) isPrimary(t *member) (bool, error) {
 	if m.primary.loc != nil {
 		return gpt.SameVolume(t.loc, m.primary.loc)
 	}
+	if m.primary.packed {
+		return false, nil // an archive is no target
+	}
 	info, err := os.Stat(m.primary.dir)
 	if err != nil {
 		return false, fmt.Errorf("cannot use primary %s: %w", m.primary.name, err)
@@ -624,6 +632,9 @@ func (m *members) source() (replicate.Source, error) {
 // open opens the source.
 func (m *members) open() (replicate.Source, error) {
 	p := m.primary
+	if p.packed {
+		return m.inv.openArchive(p.name)
+	}
 	if p.dir == "" {
 		return replicate.OpenVolumeSource(p.name, p.vol.fat)
 	}
@@ -803,7 +814,7 @@ func (m *members) options(o replicate.Options) replicate.Options {
 
 // refuseContent turns "this is no FAT volume that can be written" into a guard's answer.
 func refuseContent(err error) error {
-	for _, e := range []error{fatdriver.ErrNotFAT, fatdriver.ErrDamaged, gpt.ErrDamaged, gpt.ErrChanged} {
+	for _, e := range []error{fatdriver.ErrNotFAT, fatdriver.ErrDamaged, gpt.ErrDamaged, gpt.ErrChanged, archive.ErrDamaged, archive.ErrTooLarge} {
 		if errors.Is(err, e) {
 			return refusal{err}
 		}
@@ -916,6 +927,9 @@ func (m *members) lineageHint(err error, t *member, l *replicate.Lineage) error 
 		return fmt.Sprintf("`espmirror sync %s--primary %s --target %s`", force, quoted(from.name), quoted(to.name))
 	}
 	device, unmount := p, ""
+	if p.packed {
+		device = &member{} // nothing is replicated to an archive
+	}
 	if p.dir != "" {
 		device, unmount = &member{}, "unmount "+quoted(p.dir)+" and " // a target must not be mounted
 		if p.loc != nil {

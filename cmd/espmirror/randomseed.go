@@ -67,14 +67,17 @@ func (inv *invocation) seedMembers() (*members, []*member, error) {
 		}
 	}
 	if first != "" {
+		if isArchive(first) {
+			return nil, nil, refusef("cannot %s %s: it is an archive, which is never written to", m.verb, first)
+		}
 		all = append(all, &member{name: first})
 		if isDir(first) {
 			all[0].dir, m.primary = first, all[0]
 		}
 	}
 	for _, name := range names {
-		if isDir(name) {
-			return nil, nil, refusef("cannot %s %s: it is a directory, and a target is a device or an image", m.verb, name)
+		if err := notATarget(m.verb, name); err != nil {
+			return nil, nil, err
 		}
 		all = append(all, &member{name: name})
 	}
