@@ -463,10 +463,12 @@ func (g *gunzip) Read(p []byte) (int, error) {
 			}
 			break
 		}
+		if magic, err := g.in.Peek(2); err != nil && err != io.EOF {
+			return 0, err
+		} else if detect(magic) != gzipStream {
+			return 0, errors.New("something that is not gzip follows it")
+		}
 		if err := g.z.Reset(g.in); err != nil {
-			if errors.Is(err, gzip.ErrHeader) {
-				err = errors.New("something that is not gzip follows it")
-			}
 			return 0, eofInside(err)
 		}
 		g.z.Multistream(false)

@@ -2,6 +2,7 @@ package archive
 
 import (
 	"archive/tar"
+	"bytes"
 	"errors"
 	"fmt"
 	"io"
@@ -92,8 +93,14 @@ func (b *builder) readTar(data *io.SectionReader) error {
 
 // endMark wants the block of zeros that ends an archive. Without it nobody knows whether there was more.
 func (f *tarFile) endMark(last string) error {
-	if f.header >= 0 && f.header < f.Size() {
-		return nil
+	if f.header >= 0 {
+		// archive/tar calls the end of the file the end of the archive, also behind a pax header, which belongs to a member.
+		block := make([]byte, blockSize)
+		if n, err := f.ReadAt(block, f.header); n == blockSize && bytes.Count(block, []byte{0}) == n {
+			return nil
+		} else if err != nil && err != io.EOF {
+			return fmt.Errorf("cannot read the archive at offset 0x%x: %w", f.header, err)
+		}
 	}
 	return fmt.Errorf("%w: it was cut short: it ends at offset 0x%x, behind the member %s, without the end mark of a tar archive", ErrDamaged, f.Size(), last)
 }
