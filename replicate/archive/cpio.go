@@ -87,10 +87,15 @@ func (r *cpioReader) read(off int64, n int64) ([]byte, error) {
 
 // cut is the error of an archive that ends inside of something.
 func (r *cpioReader) cut(where string) error {
-	if r.last != "" {
-		where += ", behind the member " + fmt.Sprintf("%q", r.last)
+	return fmt.Errorf("%w: it was cut short: it ends at offset 0x%x, %s%s", ErrDamaged, r.end, where, r.behind())
+}
+
+// behind says in a message where something is, by the member before it.
+func (r *cpioReader) behind() string {
+	if r.last == "" {
+		return ""
 	}
-	return fmt.Errorf("%w: it was cut short: it ends at offset 0x%x, %s", ErrDamaged, r.end, where)
+	return fmt.Sprintf(", behind the member %q", r.last)
 }
 
 // next reads one member; false is the end.
@@ -108,7 +113,7 @@ func (r *cpioReader) next() (bool, error) {
 		if len(head) < odcSize || len(head) < newcSize && !bytes.HasPrefix(head, []byte("070707")) {
 			return false, r.cut("in a header")
 		}
-		return false, fmt.Errorf("%w: the header at offset 0x%x, behind the member %q, is damaged: %s", ErrDamaged, off, r.last, why)
+		return false, fmt.Errorf("%w: the header at offset 0x%x is damaged%s: %s", ErrDamaged, off, r.behind(), why)
 	}
 	if h.nameSize < 1 || h.nameSize > maxName+1 {
 		return false, fmt.Errorf("%w: the name of the member at offset 0x%x has %d bytes, at least 1 and at most %d are read", ErrTooLarge, off, h.nameSize, maxName+1)

@@ -67,7 +67,7 @@ func (f *tarFile) Read(p []byte) (int, error) {
 func (b *builder) readTar(data *io.SectionReader) error {
 	f := &tarFile{SectionReader: io.NewSectionReader(data, 0, data.Size())}
 	tr := tar.NewReader(f)
-	last := "it"
+	last := "" // ", behind the member …" once there is one
 	for {
 		f.header = -1
 		h, err := tr.Next()
@@ -84,7 +84,7 @@ func (b *builder) readTar(data *io.SectionReader) error {
 		if off < 0 {
 			return fmt.Errorf("internal error: no header before offset 0x%x", f.pos())
 		}
-		last = fmt.Sprintf("%q", h.Name)
+		last = fmt.Sprintf(", behind the member %q", h.Name)
 		if err := b.addTar(h, off, f.pos(), data.Size()); err != nil {
 			return err
 		}
@@ -102,7 +102,7 @@ func (f *tarFile) endMark(last string) error {
 			return fmt.Errorf("cannot read the archive at offset 0x%x: %w", f.header, err)
 		}
 	}
-	return fmt.Errorf("%w: it was cut short: it ends at offset 0x%x, behind the member %s, without the end mark of a tar archive", ErrDamaged, f.Size(), last)
+	return fmt.Errorf("%w: it was cut short: it ends at offset 0x%x%s, without the end mark of a tar archive", ErrDamaged, f.Size(), last)
 }
 
 func (f *tarFile) failed(last string, err error) error {
@@ -112,11 +112,11 @@ func (f *tarFile) failed(last string, err error) error {
 	}
 	switch {
 	case errors.Is(err, io.ErrUnexpectedEOF):
-		return fmt.Errorf("%w: it was cut short: it ends at offset 0x%x, in the member %s or the one behind it", ErrDamaged, f.Size(), last)
+		return fmt.Errorf("%w: it was cut short, in a member or its header: it ends at offset 0x%x%s", ErrDamaged, f.Size(), last)
 	case errors.Is(err, tar.ErrHeader), errors.Is(err, tar.ErrFieldTooLong):
-		return fmt.Errorf("%w: the header at offset 0x%x, behind the member %s, is damaged: %w", ErrDamaged, at, last, err)
+		return fmt.Errorf("%w: the header at offset 0x%x is damaged%s: %w", ErrDamaged, at, last, err)
 	}
-	return fmt.Errorf("cannot read the archive at offset 0x%x, behind the member %s: %w", at, last, err)
+	return fmt.Errorf("cannot read the archive at offset 0x%x%s: %w", at, last, err)
 }
 
 // typeGNUDir is a directory with a list of its files, in incremental archives of GNU tar; typeVolume names a tape, and
