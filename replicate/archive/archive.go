@@ -58,7 +58,7 @@ var (
 
 // Limits bound what an archive may take, whatever it says of itself. A field that is zero means the default.
 type Limits struct {
-	Unpacked int64 // bytes in the temporary file; 16 GiB
+	Unpacked int64 // bytes in the temporary file, and of sparse files with their holes; 16 GiB
 	Members  int   // members, and directories that are made for them; 1,000,000
 	Names    int64 // bytes of all paths, each of which is in memory; 256 MiB
 }

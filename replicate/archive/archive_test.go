@@ -473,6 +473,9 @@ func TestRefused(t *testing.T) {
 	}
 	digit := cpioOf(cpioFileOf(1, 1, "a", "1"), cpioFileOf(2, 1, "b", "2"))
 	digit[bytes.LastIndex(digit, []byte("b\x00"))-110+60] = 'g'
+	badMap := oldSparse() // the map has more than the data
+	copy(badMap[386+12:], "00000000003\x00")
+	sumTar(badMap)
 	huge := slices.Clone(small)
 	setSize(huge, "77777777777 ")
 	multi := tarOf(t, file("a", "1"))
@@ -510,6 +513,8 @@ func TestRefused(t *testing.T) {
 		{"long link", tarOf(t, hardLink("l", strings.Repeat("n/", 2049))), Limits{}, ErrTooLarge, "links to a name of 4098 bytes"},
 		{"members", tarOf(t, file("a", "1"), file("b/c", "2"), file("d", "3")), Limits{Members: 3}, ErrTooLarge, "at offset 0x800 is more than its 3th"},
 		{"directories of one member", tarOf(t, file(strings.Repeat("d/", 100)+"f", "")), Limits{Members: 99}, ErrTooLarge, "more than its 99th"},
+		{"sparse map", badMap, Limits{}, ErrDamaged, `the sparse member "sparse" at offset 0x0 is damaged: `},
+		{"holes", oldSparse(), Limits{Unpacked: 1023}, ErrTooLarge, `with the holes of the member "sparse" at offset 0x0`},
 		{"names", tarOf(t, file("abc", "1"), file("def", "2")), Limits{Names: 5}, ErrTooLarge, "its names have more than 5 bytes"},
 		{"bomb", gz(t, tarOf(t, file("a", strings.Repeat("0", 1<<20)))), Limits{Unpacked: 1 << 19}, ErrTooLarge, "unpacked it has more than 524288 bytes"},
 	} {

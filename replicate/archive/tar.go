@@ -85,7 +85,13 @@ func (b *builder) readTar(data *io.SectionReader) error {
 			return fmt.Errorf("internal error: no header before offset 0x%x", f.pos())
 		}
 		last = fmt.Sprintf(", behind the member %q", h.Name)
-		if err := b.addTar(h, off, f.pos(), data.Size()); err != nil {
+		at := f.pos()
+		if isSparse(h) && h.Size <= maxFile {
+			if err := b.checkSparse(tr, h, off); err != nil {
+				return err
+			}
+		}
+		if err := b.addTar(h, off, at, data.Size()); err != nil {
 			return err
 		}
 	}
@@ -189,6 +195,24 @@ func isSparse(h *tar.Header) bool {
 		}
 	}
 	return false
+}
+
+// checkSparse reads a sparse member to its end: whether the map of its pieces fits what is in the archive shows only then,
+// and must show before anything is written. As holes take no room in an archive, what they make of it is bounded like
+// what is unpacked.
+func (b *builder) checkSparse(tr *tar.Reader, h *tar.Header, off int64) error {
+	if b.sparse += h.Size; b.sparse > b.limits.Unpacked {
+		return fmt.Errorf("%w: with the holes of the member %q at offset 0x%x its sparse files have more than %d bytes", ErrTooLarge, shown(h.Name), off, b.limits.Unpacked)
+	}
+	_, err := io.Copy(io.Discard, &ctxReader{b.ctx, tr})
+	if err == nil || b.ctx.Err() != nil {
+		return b.ctx.Err()
+	}
+	var pe *fs.PathError
+	if errors.As(err, &pe) {
+		return err
+	}
+	return fmt.Errorf("%w: the sparse member %q at offset 0x%x is damaged: %w", ErrDamaged, shown(h.Name), off, err)
 }
 
 // openSparse reads a sparse member from its header on.

@@ -46,6 +46,7 @@ type builder struct {
 	root    *node
 	members int
 	names   int64
+	sparse  int64 // bytes of sparse files, with their holes
 }
 
 func newBuilder(ctx context.Context, l Limits) *builder {
