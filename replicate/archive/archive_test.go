@@ -476,6 +476,9 @@ func TestRefused(t *testing.T) {
 	badMap := oldSparse() // the map has more than the data
 	copy(badMap[386+12:], "00000000003\x00")
 	sumTar(badMap)
+	holes := oldSparse()
+	copy(holes[483:], "00000010001\x00")
+	sumTar(holes)
 	huge := slices.Clone(small)
 	setSize(huge, "77777777777 ")
 	multi := tarOf(t, file("a", "1"))
@@ -514,7 +517,7 @@ func TestRefused(t *testing.T) {
 		{"members", tarOf(t, file("a", "1"), file("b/c", "2"), file("d", "3")), Limits{Members: 3}, ErrTooLarge, "at offset 0x800 is more than its 3th"},
 		{"directories of one member", tarOf(t, file(strings.Repeat("d/", 100)+"f", "")), Limits{Members: 99}, ErrTooLarge, "more than its 99th"},
 		{"sparse map", badMap, Limits{}, ErrDamaged, `the sparse member "sparse" at offset 0x0 is damaged: `},
-		{"holes", oldSparse(), Limits{Unpacked: 1023}, ErrTooLarge, `with the holes of the member "sparse" at offset 0x0`},
+		{"holes", holes, Limits{Unpacked: 4096}, ErrTooLarge, `with the holes of the member "sparse" at offset 0x0`},
 		{"names", tarOf(t, file("abc", "1"), file("def", "2")), Limits{Names: 5}, ErrTooLarge, "its names have more than 5 bytes"},
 		{"bomb", gz(t, tarOf(t, file("a", strings.Repeat("0", 1<<20)))), Limits{Unpacked: 1 << 19}, ErrTooLarge, "unpacked it has more than 524288 bytes"},
 	} {
@@ -531,6 +534,7 @@ func TestRefused(t *testing.T) {
 		l    Limits
 	}{
 		"members":  {tarOf(t, file("a", "1"), file("b/c", "2")), Limits{Members: 3}},
+		"holes":    {holes, Limits{Unpacked: 4097}},
 		"names":    {tarOf(t, file("abc", "1"), file("de", "2")), Limits{Names: 5}},
 		"bomb":     {gz(t, tarOf(t, file("a", strings.Repeat("0", 1<<19-2048)))), Limits{Unpacked: 1<<19 + 512}},
 		"checksum": {cpioOf(newc{magic: "070702", mode: cpioFile, name: "b", data: "\x01\xff", check: 0x100}), Limits{}},
