@@ -42,7 +42,7 @@ func isTerminal(r io.Reader) bool {
 
 // notATarget refuses the names that only a primary may have.
 func notATarget(verb, name string) error {
-	what := ""
+	var what string
 	switch {
 	case isDir(name):
 		what = "a directory"

@@ -183,9 +183,9 @@ type source struct {
 
 // OpenFile opens the archive in a file.
 func OpenFile(ctx context.Context, path string, l Limits) (replicate.Source, error) {
-	f, err := os.Open(path)
+	f, err := openFile(ctx, path)
 	if err != nil {
-		return nil, fmt.Errorf("%w: %w", replicate.ErrSource, err)
+		return nil, err
 	}
 	src, err := open(ctx, path, f, l)
 	if err != nil {
@@ -198,6 +198,33 @@ func OpenFile(ctx context.Context, path string, l Limits) (replicate.Source, err
 		f.Close()
 	}
 	return src, nil
+}
+
+// openFile opens a file for reading. That of a FIFO waits for who writes to it, and the run may end before.
+func openFile(ctx context.Context, path string) (*os.File, error) {
+	type result struct {
+		f   *os.File
+		err error
+	}
+	done := make(chan result, 1)
+	go func() {
+		f, err := os.Open(path)
+		done <- result{f, err}
+	}()
+	select {
+	case res := <-done:
+		if res.err != nil {
+			return nil, fmt.Errorf("%w: %w", replicate.ErrSource, res.err)
+		}
+		return res.f, nil
+	case <-ctx.Done():
+		go func() {
+			if res := <-done; res.err == nil {
+				res.f.Close()
+			}
+		}()
+		return nil, ctx.Err()
+	}
 }
 
 // Open takes what r gives for an archive with that name. When r is a regular file it must stay open as long as the source
@@ -354,7 +381,11 @@ func temporary() (*os.File, error) {
 	if fd, err := unix.Open(dir, unix.O_TMPFILE|unix.O_RDWR|unix.O_CLOEXEC, 0o600); err == nil {
 		return os.NewFile(uintptr(fd), dir+"/(unnamed)"), nil
 	}
-	// Not every filesystem can do that.
+	return removed(dir) // not every filesystem can do that
+}
+
+// removed makes a file and takes its name away.
+func removed(dir string) (*os.File, error) {
 	f, err := os.CreateTemp(dir, ".espmirror-archive-")
 	if err != nil {
 		return nil, err

@@ -780,6 +780,46 @@ func TestInterrupted(t *testing.T) {
 	if _, err := Open(c, "x", r, Limits{}); !errors.Is(err, context.Canceled) {
 		t.Error(err)
 	}
+	fifo := filepath.Join(t.TempDir(), "fifo")
+	if err := syscall.Mkfifo(fifo, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	c, cancel = context.WithCancel(ctx)
+	time.AfterFunc(50*time.Millisecond, cancel)
+	if _, err := OpenFile(c, fifo, Limits{}); !errors.Is(err, context.Canceled) {
+		t.Error(err)
+	}
+}
+
+// TestTemporary makes the temporary file in both ways.
+func TestTemporary(t *testing.T) {
+	d := t.TempDir()
+	t.Setenv("TMPDIR", d)
+	for i, make := range []func() (*os.File, error){temporary, func() (*os.File, error) { return removed(d) }} {
+		f, err := make()
+		if err != nil {
+			t.Fatal(i, err)
+		}
+		b := []byte{0}
+		if _, err := f.WriteString("x"); err != nil {
+			t.Error(i, err)
+		}
+		if _, err := f.ReadAt(b, 0); err != nil || b[0] != 'x' {
+			t.Error(i, b, err)
+		}
+		if left, _ := os.ReadDir(d); len(left) > 0 {
+			t.Error(i, left)
+		}
+		info, err := f.Stat()
+		if err != nil || info.Mode().Perm() != 0o600 {
+			t.Error(i, info, err)
+		}
+		f.Close()
+	}
+	t.Setenv("TMPDIR", filepath.Join(d, "nothing"))
+	if _, err := Open(ctx, "x", strings.NewReader("07070100"), Limits{}); err == nil || !strings.Contains(err.Error(), "cannot make a temporary file") {
+		t.Error(err)
+	}
 }
 
 type fullDisk struct{ left int }
