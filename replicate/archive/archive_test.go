@@ -481,6 +481,8 @@ func TestRefused(t *testing.T) {
 	sumTar(holes)
 	huge := slices.Clone(small)
 	setSize(huge, "77777777777 ")
+	hugeCPIO := cpioOf(cpioFileOf(1, 1, "a", "1"))
+	copy(hugeCPIO[54:], "ffffffff")
 	multi := tarOf(t, file("a", "1"))
 	multi[156] = 'M'
 	sumTar(multi)
@@ -508,6 +510,7 @@ func TestRefused(t *testing.T) {
 		{"cpio sum of the first", crc(0x100), Limits{}, ErrDamaged, `the data of the member "a" at offset 0x0 has the checksum 0x3, and its header says 0x0`},
 		{"cpio digit", digit, Limits{}, ErrDamaged, `is damaged, behind the member "a": 'g' at 0x36 is no digit`},
 		{"size beyond the end", huge, Limits{}, ErrDamaged, `the member "a" at offset 0x0 has 8589934591 bytes, and 1536 are left`},
+		{"size beyond the end of a cpio", hugeCPIO, Limits{}, ErrDamaged, `the member "a" at offset 0x0 has 4294967295 bytes, and 400 are left`},
 		{"continued", multi, Limits{}, ErrDamaged, `the member "a" at offset 0x0 began in another archive`},
 		{"no NUL", bytes.Replace(cpioOf(cpioFileOf(1, 1, "abc", "")), []byte("abc\x00"), []byte("abcd"), 1), Limits{}, ErrDamaged, "not one string with a NUL"},
 		{"NUL inside", bytes.Replace(cpioOf(cpioFileOf(1, 1, "abc", "")), []byte("abc\x00"), []byte("a\x00c\x00"), 1), Limits{}, ErrDamaged, "not one string with a NUL"},
@@ -719,26 +722,39 @@ func TestConcurrent(t *testing.T) {
 	}
 }
 
-// TestChanged writes to an archive that is being read where it lies.
+// TestChanged writes to an archive that is being read where it lies: in place, and by another size under the old date.
 func TestChanged(t *testing.T) {
-	name := filepath.Join(t.TempDir(), "x.tar")
-	if err := os.WriteFile(name, tarOf(t, file("a", "1")), 0o644); err != nil {
-		t.Fatal(err)
-	}
-	src, err := OpenFile(ctx, name, Limits{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer src.Close()
-	it := src.Root().Children[0]
-	if _, err := readAll(src, it); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Truncate(name, 600); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := readAll(src, it); !errors.Is(err, ErrDamaged) || !strings.Contains(err.Error(), "was changed while it was read") {
-		t.Error(err)
+	for what, change := range map[string]func(name string) error{
+		"content": func(name string) error {
+			f, err := os.OpenFile(name, os.O_WRONLY, 0)
+			if err == nil {
+				_, err = f.WriteString("b")
+				f.Close()
+			}
+			return errors.Join(err, os.Chtimes(name, day, day.Add(time.Second)))
+		},
+		"size": func(name string) error { return errors.Join(os.Truncate(name, 1200), os.Chtimes(name, day, day)) },
+		"date": func(name string) error { return os.Chtimes(name, day, day.Add(time.Nanosecond)) },
+	} {
+		name := filepath.Join(t.TempDir(), "x.tar")
+		if err := errors.Join(os.WriteFile(name, tarOf(t, file("a", "1")), 0o644), os.Chtimes(name, day, day)); err != nil {
+			t.Fatal(err)
+		}
+		src, err := OpenFile(ctx, name, Limits{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		it := src.Root().Children[0]
+		if _, err := readAll(src, it); err != nil {
+			t.Fatal(err)
+		}
+		if err := change(name); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := readAll(src, it); !errors.Is(err, ErrDamaged) || !strings.Contains(err.Error(), "was changed while it was read") {
+			t.Errorf("%s: %v", what, err)
+		}
+		src.Close()
 	}
 }
 
