@@ -34,13 +34,13 @@ var ctx = context.Background()
 // day is the date of what the tests make.
 var day = time.Date(2024, 2, 29, 12, 34, 56, 0, time.UTC)
 
-// tarOf makes a tar archive.
+// tarOf makes a tar archive. The Uname of a header is the content of the file.
 func tarOf(t testing.TB, hs ...tar.Header) []byte {
 	t.Helper()
 	var buf bytes.Buffer
 	w := tar.NewWriter(&buf)
 	for _, h := range hs {
-		// Xattrs is not written for a header without a format, so that the tests keep the content of a file there.
+		// The content of a file comes in Uname, which no test needs for itself.
 		data := h.Uname
 		h.Uname = ""
 		if h.Size == 0 {
