@@ -5,6 +5,7 @@ package dist
 import (
 	"bytes"
 	"errors"
+	"flag"
 	"io/fs"
 	"os"
 	"os/exec"
@@ -132,6 +133,9 @@ func TestMain(m *testing.M) {
 		panic(err)
 	}
 	installedDir = dir
+	// They wait more than they work.
+	flag.Parse()
+	flag.Set("test.parallel", "16")
 	code := m.Run()
 	os.RemoveAll(dir)
 	os.Exit(code)
