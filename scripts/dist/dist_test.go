@@ -270,6 +270,7 @@ func (m *machine) waits() string {
 }
 
 func TestQueueWithSystemd(t *testing.T) {
+	t.Parallel()
 	forShells(t, func(t *testing.T, shell []string) {
 		m := newMachine(t)
 		m.mkdir("run/systemd/system")
@@ -296,6 +297,7 @@ func TestQueueWithSystemd(t *testing.T) {
 }
 
 func TestQueueRunNotWritable(t *testing.T) {
+	t.Parallel()
 	forShells(t, func(t *testing.T, shell []string) {
 		m := newMachine(t)
 		m.mkdir("run/systemd/system")
@@ -321,6 +323,7 @@ func TestQueueRunNotWritable(t *testing.T) {
 // TestQueueNotHere: nothing is done, and nothing is said, where there is nothing to replicate, or where what could be
 // replicated belongs to another machine.
 func TestQueueNotHere(t *testing.T) {
+	t.Parallel()
 	cases := map[string]func(m *machine) []string{
 		"no EFI": func(m *machine) []string { m.remove("sys/firmware/efi"); m.mkdir("run/systemd/system"); return nil },
 		"no program": func(m *machine) []string {
@@ -362,6 +365,7 @@ func TestQueueNotHere(t *testing.T) {
 }
 
 func TestQueueInDpkg(t *testing.T) {
+	t.Parallel()
 	forShells(t, func(t *testing.T, shell []string) {
 		for _, c := range []struct {
 			name, query, trigger, mode string
@@ -394,6 +398,7 @@ func TestQueueInDpkg(t *testing.T) {
 
 // TestQueueForeground: without systemd, after the last hook, the sync runs at once; its failure is one line.
 func TestQueueForeground(t *testing.T) {
+	t.Parallel()
 	forShells(t, func(t *testing.T, shell []string) {
 		for do, says := range map[string]string{"0": "", "64": "", "1": "failed (1)", "3": "missing or failed", "6": "failed (6)",
 			"crash": "failed (139)", "hang": "longer than 2 s"} {
@@ -415,6 +420,7 @@ func TestQueueForeground(t *testing.T) {
 
 // TestQueueBackground: without systemd, a hook returns at once, and the sync begins when the caller is done.
 func TestQueueBackground(t *testing.T) {
+	t.Parallel()
 	forShells(t, func(t *testing.T, shell []string) {
 		m := newMachine(t)
 		m.env = append(m.env, "ESPMIRROR_SETTLE_SECONDS=20")
@@ -445,6 +451,7 @@ func TestQueueBackground(t *testing.T) {
 
 // TestQueueJobDied: a job that was killed does not keep later ones from running.
 func TestQueueJobDied(t *testing.T) {
+	t.Parallel()
 	forShells(t, func(t *testing.T, shell []string) {
 		m := newMachine(t)
 		m.mkdir("run/espmirror")
@@ -458,6 +465,7 @@ func TestQueueJobDied(t *testing.T) {
 }
 
 func TestSettle(t *testing.T) {
+	t.Parallel()
 	forShells(t, func(t *testing.T, shell []string) {
 		m := newMachine(t)
 		// Nothing was asked for: at boot, no time is lost.
@@ -486,6 +494,7 @@ var scriptDirs = []string{"lib", "dracut", "initramfs-tools", "mkinitcpio", "ker
 
 // TestShellcheck covers every script, in the dialect of who runs it.
 func TestShellcheck(t *testing.T) {
+	t.Parallel()
 	need(t, "shellcheck")
 	dialects := map[string]string{"#!/bin/sh": "sh", "#!/bin/bash": "bash", "#!/usr/bin/ash": "dash"}
 	byDialect := map[string][]string{}

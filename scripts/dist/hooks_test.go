@@ -57,6 +57,7 @@ func TestKernelInstall(t *testing.T) {
 
 // TestPluginNeverFails: kernel-install takes 77 for an order to stop, and any other status for a failed kernel.
 func TestPluginNeverFails(t *testing.T) {
+	t.Parallel()
 	forShells(t, func(t *testing.T, shell []string) {
 		m := newMachine(t)
 		plugin := append(shell, m.path("usr/lib/kernel/install.d/95-espmirror.install"))
@@ -166,6 +167,7 @@ func TestPacmanHook(t *testing.T) {
 
 // TestInitrdRun: the boot goes on, whatever the program does, and at once if it ends at once.
 func TestInitrdRun(t *testing.T) {
+	t.Parallel()
 	forShells(t, func(t *testing.T, shell []string) {
 		for do, limit := range misbehaviours {
 			t.Run(do, func(t *testing.T) {
@@ -190,6 +192,7 @@ func TestInitrdRun(t *testing.T) {
 }
 
 func TestInitramfsTools(t *testing.T) {
+	t.Parallel()
 	forShells(t, func(t *testing.T, shell []string) {
 		m := newMachine(t)
 		hook := m.path("usr/share/initramfs-tools/hooks/espmirror")
@@ -250,6 +253,7 @@ func link(t *testing.T, target, name string) {
 
 // TestDracutHook sources the hook as dracut does, in an init that must survive it.
 func TestDracutHook(t *testing.T) {
+	t.Parallel()
 	forShells(t, func(t *testing.T, shell []string) {
 		for do, limit := range misbehaviours {
 			t.Run(do, func(t *testing.T) {
