@@ -4,6 +4,7 @@ package dist
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"flag"
 	"io/fs"
@@ -221,7 +222,9 @@ func (m *machine) run(limit time.Duration, env []string, command ...string) stri
 
 func (m *machine) try(env []string, command ...string) (string, int, time.Duration) {
 	m.t.Helper()
-	cmd := exec.Command(command[0], command[1:]...)
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, command[0], command[1:]...)
 	for _, v := range os.Environ() {
 		if !strings.HasPrefix(v, "DPKG_") && !strings.HasPrefix(v, "DEB_") {
 			cmd.Env = append(cmd.Env, v)
@@ -481,11 +484,14 @@ func TestSettle(t *testing.T) {
 
 		// What does not end is waited for no longer than the limit (2 s here).
 		m.mkdir("efi/stays")
-		m.write("run/espmirror/pending", "", 0o644)
-		m.write("run/espmirror/wait.1", "dir "+m.path("efi/stays")+"\n", 0o644)
-		_, status, took := m.try(nil, append(shell, m.lib("queue-sync"), "--settle")...)
-		if status != 0 || took < 1900*time.Millisecond || took > 4*time.Second || m.waits() != "" {
-			t.Errorf("status %d after %v, waits for %q", status, took, m.waits())
+		m.mkdir("proc/4242")
+		for _, what := range []string{"dir " + m.path("efi/stays"), "pid 4242"} {
+			m.write("run/espmirror/pending", "", 0o644)
+			m.write("run/espmirror/wait.1", what+"\n", 0o644)
+			_, status, took := m.try(nil, append(shell, m.lib("queue-sync"), "--settle")...)
+			if status != 0 || took < 1900*time.Millisecond || took > 4*time.Second || m.waits() != "" {
+				t.Errorf("%s: status %d after %v, waits for %q", what, status, took, m.waits())
+			}
 		}
 	})
 }
