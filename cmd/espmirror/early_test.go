@@ -520,7 +520,7 @@ func TestEarlyKmsg(t *testing.T) {
 	if strings.Contains(got, "\x1b") || !utf8.ValidString(got) {
 		t.Errorf("%q", got)
 	}
-	for _, n := range []int{maxKmsg/2 - 5, maxKmsg/2, 5000} {
+	for _, n := range []int{maxKmsg/2 - 5, maxKmsg / 2, 5000} {
 		if line := kmsgLine(slog.LevelWarn, "espmirror: "+strings.Repeat("ü", n)); len(line) > maxKmsg || !utf8.ValidString(line) || !strings.HasSuffix(line, "…\n") || len(line) < maxKmsg-5 {
 			t.Errorf("%d bytes: %q", len(line), line[len(line)-8:])
 		}
