@@ -67,13 +67,13 @@ func (inv *invocation) supervise(p earlyPlan) *earlyReport {
 	done := inv.ctx.Done()
 	var doc []byte
 	var crash []string
-	docs, exited := w.doc, w.exited
+	docs, exited, lines := w.doc, w.exited, w.lines
 	var status error
-	for docs != nil || exited != nil || w.lines != nil {
+	for docs != nil || exited != nil || lines != nil {
 		select {
-		case line, ok := <-w.lines:
+		case line, ok := <-lines:
 			if !ok {
-				w.lines = nil
+				lines = nil
 			} else if strings.HasPrefix(line, "espmirror: ") || strings.HasPrefix(line, "hint: ") {
 				fmt.Fprintln(logWriter{inv}, safe(line))
 			} else if len(crash) < maxCrashLines {
@@ -106,7 +106,7 @@ func (inv *invocation) supervise(p earlyPlan) *earlyReport {
 				deadline.Reset(workerReap)
 				continue
 			}
-			docs, w.lines = nil, nil
+			docs, lines = nil, nil
 			if exited != nil {
 				exited, status = nil, errLeftBehind
 			}
@@ -184,7 +184,7 @@ func (c canceled) Err() error {
 	return nil
 }
 
-// running is a worker that was started.
+// runningWorker is a worker that was started.
 type runningWorker struct {
 	cmd    *exec.Cmd
 	lines  chan string // of its standard error; closed at the end
