@@ -406,8 +406,7 @@ func TestEarlyLimit(t *testing.T) {
 
 	// One that does not is killed after the time of grace.
 	r.worker("hang")
-	run(limit+time.Second, limit+4*time.Second).want(exitPartial).has("the time limit of 1.2s is over: ").last(
-		"stopped; recovered 0, synced 0, in sync 0, missing 0, refused 0, failed 0")
+	run(limit+time.Second, limit+4*time.Second).want(exitPartial).has("the time limit of 1.2s is over: ").last("stopped")
 	for range 100 {
 		if gone() {
 			break
@@ -541,6 +540,41 @@ func TestEarlySignal(t *testing.T) {
 	}
 }
 
+// TestEarlyOrphan: who kills the process on which the boot waits means the other one too.
+func TestEarlyOrphan(t *testing.T) {
+	r := earlyRig(t, 2)
+	r.copyIn("sda1", "loader/loader.conf", "timeout 77\n")
+	r.worker("slow")
+	cmd := exec.Command(os.Args[0], "early", "--system-root="+r.app.system.Root)
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	pid := 0
+	for range 1000 {
+		if text, err := os.ReadFile("began"); err == nil && len(text) > 0 {
+			fmt.Sscan(string(text), &pid)
+			break
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	if pid == 0 || syscall.Kill(pid, 0) != nil {
+		t.Fatal("there is no worker", pid)
+	}
+	if err := cmd.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	_ = cmd.Wait()
+	for range 1000 {
+		// Nobody may be there to reap it.
+		if stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid)); err != nil || strings.Contains(string(stat), ") Z ") {
+			return
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	t.Error("the worker goes on")
+	_ = syscall.Kill(pid, syscall.SIGKILL)
+}
+
 // TestEarlyCrash: whatever becomes of the worker is one warning, and one line about the run.
 func TestEarlyCrash(t *testing.T) {
 	r := earlyRig(t, 2)
@@ -552,7 +586,7 @@ func TestEarlyCrash(t *testing.T) {
 	} {
 		r.worker(do)
 		r.run("early").want(exitFailed).lines(2).has("espmirror: warning: internal error: the process that does the work ended: " + want + "\n").
-			last("stopped; recovered 0, synced 0, in sync 0, missing 0, refused 0, failed 0")
+			last("stopped")
 		r.run("early", "--json=short").want(exitFailed).json("early")
 	}
 	r.worker("panic")

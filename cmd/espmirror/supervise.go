@@ -28,6 +28,8 @@ const (
 	workerGrace = 1500 * time.Millisecond
 	// workerReap is how long a killed process may take to be gone. One that waits for a disk goes when the disk answers.
 	workerReap = 200 * time.Millisecond
+	// workerDrain is time to read what a process that is gone has left in the pipes, on a machine that is busy.
+	workerDrain = 5 * time.Second
 	// maxWorkerReport bounds what is read of a worker's report.
 	maxWorkerReport = 16 << 20
 	// maxCrashLines is how much of a crash is kept: the reason comes first.
@@ -82,10 +84,8 @@ func (inv *invocation) supervise(p earlyPlan) *earlyReport {
 		case doc = <-docs:
 			docs = nil
 		case status = <-exited:
-			exited = nil
-			// What it has written is in the pipes.
-			deadline.Reset(workerReap)
-			state = killed
+			exited, state = nil, killed
+			deadline.Reset(workerDrain)
 		case <-done:
 			done = nil
 			if state == running {
@@ -162,26 +162,17 @@ func (r *earlyReport) stopLate(limit time.Duration, left bool) {
 // does not answer.
 func (inv *invocation) unsupervised(p earlyPlan) *earlyReport {
 	outer := inv.ctx
-	ctx, cancel := context.WithTimeoutCause(outer, p.limit, context.Canceled)
+	ctx, cancel := context.WithCancel(outer)
 	defer cancel()
+	defer time.AfterFunc(p.limit, cancel).Stop() // no deadline, which would be a failure and not an interruption
 	inner := *inv
-	inner.ctx = canceled{ctx}
+	inner.ctx = ctx
 	rep, err := inner.earlyWork(p)
 	rep.Error = newJSONError(err)
 	if ctx.Err() != nil && outer.Err() == nil {
 		rep.stopLate(p.limit, false)
 	}
 	return rep
-}
-
-// canceled is a context whose time being over is a cancellation like any other.
-type canceled struct{ context.Context }
-
-func (c canceled) Err() error {
-	if c.Context.Err() != nil {
-		return context.Canceled
-	}
-	return nil
 }
 
 // runningWorker is a worker that was started.
