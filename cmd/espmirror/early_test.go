@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -161,6 +162,19 @@ func TestEarly(t *testing.T) {
 	r.do("early", "--recover-only").want(0).last("recovered 1, missing 0, refused 0, failed 0")
 	r.run("recover", "-n", r.node("sdb1")).want(0)
 
+	// No file is read where directories and chains are those of the last run: what somebody changed below them is for verify.
+	r.boot(guidOf(1))
+	r.do("sync").want(0)
+	patch(t, "machine/dev/sdb1", "machine/dev/sdb1", func(d []byte) {
+		at := bytes.Index(d, []byte("title Debian\n"))
+		if at < 0 {
+			t.Fatal("no loader entry")
+		}
+		d[at] = 'T'
+	})
+	r.run("sync", "-n").want(exitRefused)
+	r.run("early").want(0).last(fmt.Sprintf(allInSync, 2))
+
 	r.run("early", "x").want(exitUsage)
 	for _, args := range []string{"--timeout=soon", "--limit=soon", "--limit=0", "--primary=" + r.dev("sda1")} {
 		r.run("early", args).want(exitUsage)
@@ -270,6 +284,23 @@ func TestEarlyMissing(t *testing.T) {
 	res := r.do("early", "--timeout=1min").want(0).last("recovered 0, synced 2, in sync 0, missing 0, refused 0, failed 0")
 	if _, _, waited := res.lastLine(); waited < 0.05 || waited > 20 {
 		t.Errorf("waited %v s", waited)
+	}
+	r.run("verify").want(0)
+
+	// What was booted changes in that time: what it has at the end is what counts.
+	r.pull("sdc")
+	if err := os.WriteFile("changed", []byte("timeout 1111\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	changed := make(chan string, 1)
+	time.AfterFunc(700*time.Millisecond, func() {
+		out, err := exec.Command("mcopy", "-Q", "-o", "-i", "machine/dev/sda1", "changed", "::loader/loader.conf").CombinedOutput()
+		changed <- fmt.Sprintf("%s%v", out, err)
+		r.plug("sdc")
+	})
+	r.do("early", "--timeout=1min").want(0).last("recovered 0, synced 2, in sync 0, missing 0, refused 0, failed 0")
+	if got := <-changed; got != "<nil>" {
+		t.Error(got)
 	}
 	r.run("verify").want(0)
 
