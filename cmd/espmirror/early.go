@@ -79,7 +79,7 @@ func (inv *invocation) earlyOptions() (earlyPlan, error) {
 		p.timeout = &timeout
 	}
 	if v := inv.text("limit"); v != "" {
-		if p.limit, err = parseTime(v); err != nil {
+		if p.limit, err = replicate.ParseTime(v); err != nil {
 			return p, usagef("--limit: %v", err)
 		}
 		if p.limit == 0 {
