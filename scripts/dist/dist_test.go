@@ -603,7 +603,7 @@ func TestInstall(t *testing.T) {
 	}
 	for _, want := range []string{"/usr/sbin/espmirror", "/etc/kernel/postinst.d/zzz-espmirror", "/etc/kernel/postrm.d/zzz-espmirror",
 		"/etc/initramfs/post-update.d/zzz-espmirror", "/usr/lib/kernel/install.d/95-espmirror.install",
-		"/usr/share/initramfs-tools/hooks/espmirror", "/usr/share/initramfs-tools/scripts/local-bottom/espmirror",
+		"/usr/share/initramfs-tools/hooks/espmirror", "/usr/share/initramfs-tools/scripts/local-premount/espmirror", "/usr/share/initramfs-tools/scripts/local-bottom/espmirror",
 		"/usr/lib/systemd/system/espmirror-sync.service", "/usr/lib/udev/rules.d/90-espmirror.rules"} {
 		if !slices.Contains(files, want) {
 			t.Errorf("%s is missing in %q", want, files)

@@ -2,6 +2,7 @@ package dist
 
 import (
 	"fmt"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
@@ -183,7 +184,34 @@ func TestInitrdRun(t *testing.T) {
 				}
 			})
 		}
+		// What found nothing wrong, or nothing new, is not done again.
 		m := newMachine(t)
+		again := func(want int, what string) {
+			t.Helper()
+			before := len(m.calls("espmirror"))
+			if out := m.run(soon, []string{"FAKE_DO=3"}, append(shell, m.lib("initrd-run"), "--again")...); out != "" {
+				t.Errorf("%s: says %q", what, out)
+			}
+			if n := len(m.calls("espmirror")) - before; n != want {
+				t.Errorf("%s: ran %d times", what, n)
+			}
+		}
+		m.mkdir("sys/class/block/sda")
+		again(0, "nothing was done before")
+		m.run(soon, []string{"FAKE_DO=0"}, append(shell, m.lib("initrd-run"))...)
+		m.mkdir("sys/class/block/sdb")
+		again(0, "all was well")
+		m.run(soon, []string{"FAKE_DO=3"}, append(shell, m.lib("initrd-run"))...)
+		again(0, "no disk has come")
+		m.run(soon, []string{"FAKE_DO=3"}, append(shell, m.lib("initrd-run"))...)
+		m.mkdir("sys/class/block/sdc")
+		again(1, "a disk has come")
+		m.mkdir("sys/class/block/sdd")
+		again(0, "a third time")
+		if entries, err := os.ReadDir(m.path("run/espmirror")); err != nil || len(entries) > 0 {
+			t.Errorf("left behind: %v, %v", entries, err)
+		}
+		m = newMachine(t)
 		m.remove(token + "/usr/sbin/espmirror")
 		if out := m.run(soon, nil, append(shell, m.lib("initrd-run"))...); out != "" {
 			t.Errorf("without the program: says %q", out)
@@ -196,9 +224,9 @@ func TestInitramfsTools(t *testing.T) {
 	forShells(t, func(t *testing.T, shell []string) {
 		m := newMachine(t)
 		hook := m.path("usr/share/initramfs-tools/hooks/espmirror")
-		boot := m.path("usr/share/initramfs-tools/scripts/local-bottom/espmirror")
-		for _, script := range []string{hook, boot} {
-			if out := m.run(soon, nil, append(shell, script, "prereqs")...); out != "\n" {
+		boot, late := m.path("usr/share/initramfs-tools/scripts/local-premount/espmirror"), m.path("usr/share/initramfs-tools/scripts/local-bottom/espmirror")
+		for script, want := range map[string]string{hook: "\n", boot: "resume\n", late: "\n"} {
+			if out := m.run(soon, nil, append(shell, script, "prereqs")...); out != want {
 				t.Errorf("%s prereqs: %q", script, out)
 			}
 		}
@@ -210,6 +238,12 @@ func TestInitramfsTools(t *testing.T) {
 		if calls := m.calls("espmirror"); len(calls) != 1 || calls[0] != "early --kmsg" {
 			t.Errorf("at boot: ran %q", calls)
 		}
+		m.mkdir("sys/class/block/late")
+		m.run(soon, []string{"FAKE_DO=1"}, append(shell, late)...)
+		if calls := m.calls("espmirror"); len(calls) != 2 || calls[1] != "early --kmsg" {
+			t.Errorf("when a disk has come: ran %q", calls)
+		}
+		m.remove("sys/class/block/late")
 		m.write(token+"/usr/lib/espmirror/initrd-run", "#!/bin/sh\nexit 3\n", 0o755)
 		m.run(soon, nil, append(shell, boot)...)
 
