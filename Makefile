@@ -61,7 +61,7 @@ kill-test: build judges ## kill -9 of sync at ROUNDS (200) random moments on a l
 	@scripts/kill-test.sh $(ROUNDS)
 
 # PREFIX, SBINDIR, LIBDIR, UNITDIR, … are explained in scripts/packages/install; `make uninstall` needs the same ones.
-INSTALLVARS = DESTDIR PREFIX SBINDIR LIBDIR DOCDIR UNITDIR PRESETDIR UDEVRULESDIR KERNELINSTALLDIR DRACUTDIR FORMATS
+INSTALLVARS = DESTDIR PREFIX SBINDIR LIBDIR DOCDIR MANDIR UNITDIR PRESETDIR UDEVRULESDIR KERNELINSTALLDIR DRACUTDIR FORMATS
 INSTALLENV = $(foreach v,$(INSTALLVARS),$(if $($(v)),$(v)='$($(v))'))
 
 install: build ## the program, units and hooks, below DESTDIR; our own files go to PREFIX (/usr/local), or where SBINDIR=… says
