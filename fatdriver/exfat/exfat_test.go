@@ -235,13 +235,22 @@ func judge(t testing.TB, name string) string {
 	return ""
 }
 
+// plainCases are those without a volume GUID and what vendors add, which the specification has and fsck.exfat 1.2 and
+// exfat-fuse 1.3 call unknown.
+func plainCases(names int) []*want {
+	return slices.DeleteFunc(everyCase(names), func(f *want) bool { return f.benign != nil })
+}
+
 // The writer of the tests makes volumes that fsck.exfat finds clean, so that it and the reader do not share a mistake.
 func TestWriterIsSound(t *testing.T) {
 	for name, l := range layouts {
 		t.Run(name, func(t *testing.T) {
-			// fsck.exfat 1.2 calls a volume GUID and what vendors add unknown, which are in the specification.
 			l.guid = false
-			list := slices.DeleteFunc(everyCase(manyNames), func(f *want) bool { return f.benign != nil })
+			list := plainCases(manyNames)
+			if l.sectorShift+l.clusShift == 9 {
+				// fsck.exfat 1.2 keeps two clusters of a directory, and the longest sets take three of this size.
+				list = slices.DeleteFunc(list, func(f *want) bool { return len(f.name) > 400 })
+			}
 			dev := writeVolume(t, l, list...)
 			path := saved(t, dev)
 			fsck(t, path, sound(t, dev))
@@ -457,7 +466,8 @@ func TestFilledByFuse(t *testing.T) {
 func TestFuseReadsTheWriter(t *testing.T) {
 	for _, name := range []string{"sector 512, cluster 4096", "sector 4096, cluster 32768"} {
 		l := layouts[name]
-		list := everyCase(300)
+		l.guid = false
+		list := plainCases(300)
 		path := saved(t, writeVolume(t, l, list...))
 		at, _ := mount(t, loop(t, path, 1<<l.sectorShift), "ro")
 		var same func(at string, list []*want)
@@ -789,7 +799,7 @@ func TestVolumeFindings(t *testing.T) {
 		"huge bitmap":      {func(b []byte) { le.PutUint64(root(b)[32+24:], 1<<64-1) }, Damage, "ends after"},
 		"bitmap at 0":      {func(b []byte) { le.PutUint32(root(b)[32+20:], 0) }, Damage, "is outside"},
 		"empty bitmap":     {func(b []byte) { clear(b[bitmapAt(b):][:64]) }, Damage, "free in the allocation bitmap"},
-		"no table":         {func(b []byte) { root(b)[64] = 0x02 }, Damage, "has 0, want 1"},
+		"no table":         {func(b []byte) { root(b)[64] = 0x02 }, Damage, "there is none"},
 		"table checksum":   {func(b []byte) { root(b)[64+4]++ }, Damage, "checksum"},
 		"table changed":    {func(b []byte) { b[bitmapAt(b)+4096+100]++ }, Damage, "checksum"},
 		"table of nothing": {func(b []byte) { le.PutUint64(root(b)[64+24:], 0) }, Damage, "has 0 bytes"},

@@ -271,8 +271,16 @@ func (s *scanner) list(dir *Node) error {
 		case kindFile:
 			dir.Children = append(dir.Children, s.file(dir, e, at))
 		case kindBitmap:
+			if len(s.bitmaps) == s.vol.geo.NumFATs {
+				s.note(Damage, "", at.off, "there are more than %d allocation bitmaps", s.vol.geo.NumFATs)
+				break
+			}
 			s.bitmaps = append(s.bitmaps, *e)
 		case kindUpcase:
+			if len(s.upcases) == 1 {
+				s.note(Damage, "", at.off, "there is more than one up-case table")
+				break
+			}
 			s.upcases = append(s.upcases, *e)
 		case kindLabel:
 			if e.units > maxLabel {
@@ -340,8 +348,8 @@ func (s *scanner) loadUpcase() error {
 		s.note(Damage, "", -1, "the up-case table: "+format, a...)
 		return nil
 	}
-	if len(s.upcases) != 1 {
-		return bad("the root directory has %d, want 1", len(s.upcases))
+	if len(s.upcases) == 0 {
+		return bad("there is none")
 	}
 	e := s.upcases[0]
 	if e.length == 0 || e.length > maxUpcase {
