@@ -7,6 +7,8 @@ import (
 	"time"
 
 	exfat "github.com/dsoprea/go-exfat"
+
+	_ "espmirror/fatdriver/exfat/noenv" // before the library's own initialisation
 )
 
 // This file is the only one that knows go-exfat. Measured, the library is right about the layout of the boot sector and of

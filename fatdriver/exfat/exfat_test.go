@@ -1059,6 +1059,15 @@ func TestGuard(t *testing.T) {
 	}
 }
 
+// A variable in the environment does not keep the program from starting.
+func TestEnvironment(t *testing.T) {
+	cmd := exec.Command(os.Args[0], "-test.run", "^$")
+	cmd.Env = append(os.Environ(), "LogExcludeBypassLevelName=x")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Errorf("%v: %s", err, out)
+	}
+}
+
 // Reads of a contiguous file are as large as the caller asks for, and metadata comes in large pieces.
 func TestReadSizes(t *testing.T) {
 	big := file("big", random(8<<20))
