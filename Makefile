@@ -14,7 +14,7 @@ TAGS = urfave_cli_no_docs
 GOBUILD = CGO_ENABLED=0 $(GO) build -trimpath -tags $(TAGS)
 BIN = out/espmirror
 
-.PHONY: all build demo test test-short lint fuzz bench crash kill-test judges install clean help
+.PHONY: all build demo test test-short lint fuzz bench crash kill-test judges install uninstall packages packages-test clean help
 all: build
 
 build: ## build the one static binary, out/espmirror
@@ -60,8 +60,21 @@ crash: judges ## power cuts by the million, with every judge; goes on where it w
 kill-test: build judges ## kill -9 of sync at ROUNDS (200) random moments on a loop device; needs root
 	@scripts/kill-test.sh $(ROUNDS)
 
-install: build ## install below DESTDIR/PREFIX (/usr/local)
-	install -D -m 755 $(BIN) $(DESTDIR)$(PREFIX)/sbin/espmirror
+# PREFIX, SBINDIR, LIBDIR, UNITDIR, … are explained in scripts/packages/install; `make uninstall` needs the same ones.
+INSTALLVARS = DESTDIR PREFIX SBINDIR LIBDIR DOCDIR MANDIR UNITDIR PRESETDIR UDEVRULESDIR KERNELINSTALLDIR DRACUTDIR FORMATS
+INSTALLENV = $(foreach v,$(INSTALLVARS),$(if $($(v)),$(v)='$($(v))'))
+
+install: build ## the program, units and hooks, below DESTDIR; our own files go to PREFIX (/usr/local), or where SBINDIR=… says
+	@$(INSTALLENV) scripts/packages/install install
+
+uninstall: ## take away what install put there
+	@$(INSTALLENV) scripts/packages/install uninstall
+
+packages: build ## .deb, .rpm and Arch packages in out/packages, the same bytes for the same commit; needs the Go module proxy
+	@GO='$(GO)' scripts/packages/build
+
+packages-test: ## builds the packages twice, differently, and installs and removes them in a fake root; needs root for that
+	@ESPMIRROR_PACKAGES=1 $(GO) test -count=1 -v -run '^TestPackage' ./scripts/dist
 
 clean: ## remove what was built
 	rm -rf out

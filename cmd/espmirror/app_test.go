@@ -12,7 +12,7 @@ import (
 func TestHelp(t *testing.T) {
 	b := newBench(t)
 	b.run("--help").want(0).golden("help")
-	for _, cmd := range []string{"list", "status", "sync", "verify", "recover", "add", "remove", "wait", "check", "ls", "cat", "extract"} {
+	for _, cmd := range []string{"list", "status", "sync", "verify", "recover", "add", "remove", "wait", "early", "check", "ls", "cat", "extract"} {
 		b.run(cmd, "--help").want(0).golden("help-" + cmd)
 	}
 }
@@ -73,7 +73,8 @@ func TestUsage(t *testing.T) {
 		{"cat --json=short a.img loader/loader.conf", "cannot be JSON"},
 		{"extract a.img", "no directory was given"},
 		{"extract a.img --to out", `"--to" stands behind an argument`},
-		{"recover", "0 arguments were given"},
+		{"recover", "no volume was given, and no primary"},
+		{"recover --primary a.img b.img", "--primary and the names of volumes exclude each other"},
 		{"check", "0 arguments were given"},
 		{"wait", "name the members"},
 		{"wait sda1", `"sda1" is not a partition GUID`},
