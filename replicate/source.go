@@ -166,12 +166,8 @@ func (s *dirSource) read(at string, e fs.DirEntry) (*Item, error) {
 		case !info.Mode().IsRegular():
 			it.Err = fmt.Errorf("cannot replicate %s: it is %s, which FAT cannot hold", at, kindOf(info.Mode()))
 			return it, nil
-		case it.Size > 1<<32-1:
-			it.Err = fmt.Errorf("cannot replicate %s: it has %d bytes, FAT holds at most %d", at, it.Size, int64(1<<32-1))
 		}
-		if err := fatdriver.CheckName(it.Name); err != nil && it.Err == nil {
-			it.Err = fmt.Errorf("cannot replicate %s: %w", at, err)
-		}
+		it.Err = fits(it)
 	}
 	if !it.Dir {
 		return it, nil
@@ -199,11 +195,7 @@ func (s *dirSource) read(at string, e fs.DirEntry) (*Item, error) {
 		if err != nil {
 			return nil, err
 		}
-		k := fatdriver.Fold(c.Name)
-		if other, ok := seen[k]; ok && c.Err == nil {
-			c.Err = fmt.Errorf("cannot replicate %s: FAT takes its name for that of %s", c.Path, other)
-		}
-		seen[k] = c.Path
+		c.Err = apart(seen, c)
 		it.Children = append(it.Children, c)
 	}
 	return it, nil

@@ -56,11 +56,14 @@ func worst(errs []error) error {
 
 func (inv *invocation) checkOne(name string, among []string) (*checkedVolume, error) {
 	c := &checkedVolume{Name: name, Findings: []findingReport{}}
-	v, err := inv.openVolume("check", name, existing(among)...)
+	v, err := inv.openReadable("check", name, existing(among)...)
 	if err != nil {
 		return c, err
 	}
 	defer v.Close()
+	if v.exfat != nil {
+		return c, c.checkExFAT(v)
+	}
 	r, err := v.fat.Check()
 	if err != nil {
 		return c, fmt.Errorf("cannot check %s: %w", name, err)

@@ -10,14 +10,16 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"espmirror/fatdriver"
+	"espmirror/fatdriver/exfat"
 )
 
 func (inv *invocation) lsCommand() *cli.Command {
 	return &cli.Command{
-		Name:        "ls",
-		Usage:       "list files of a volume, without mounting it",
-		UsageText:   "espmirror ls [-l] [-R] VOLUME [PATH]...",
-		Description: "Hidden files are listed too. Times are shown as the volume keeps them, which FAT does in local time.",
+		Name:      "ls",
+		Usage:     "list files of a volume, without mounting it",
+		UsageText: "espmirror ls [-l] [-R] VOLUME [PATH]...",
+		Description: "Hidden files are listed too. Times are shown as the volume keeps them, which FAT does in local time;\n" +
+			"those of an exFAT volume in UTC.",
 		Flags: []cli.Flag{
 			&cli.BoolFlag{Name: "long", Aliases: []string{"l"}, Usage: "attributes (d directory, r read-only, h hidden, s system, a archive), bytes, time and name", DisableDefaultText: true},
 			&cli.BoolFlag{Name: "recursive", Aliases: []string{"R"}, Usage: "all that lies below, too", DisableDefaultText: true},
@@ -29,11 +31,11 @@ func (inv *invocation) lsCommand() *cli.Command {
 // openTree opens a volume and reads its tree. Damage does not stop those who only look: it is logged, and shows again
 // where a file cannot be read.
 func (inv *invocation) openTree(verb, name string) (*volume, fs.FS, error) {
-	v, err := inv.openVolume(verb, name)
+	v, err := inv.openReadable(verb, name)
 	if err != nil {
 		return nil, nil, err
 	}
-	tree, err := v.fat.Scan()
+	tree, err := v.tree()
 	if err != nil {
 		_ = v.Close()
 		return nil, nil, fmt.Errorf("cannot %s %s: %w", verb, name, err)
@@ -191,8 +193,13 @@ func (r *lsReport) add(p, dir string, info fs.FileInfo) {
 	if t := info.ModTime(); !t.IsZero() {
 		e.Modified = t.Format("2006-01-02T15:04:05")
 	}
-	if n, ok := info.Sys().(*fatdriver.Node); ok && n.Entry != nil {
-		e.bits = n.Entry.Attr()
+	switch n := info.Sys().(type) {
+	case *fatdriver.Node:
+		if n.Entry != nil {
+			e.bits = n.Entry.Attr()
+		}
+	case *exfat.Node:
+		e.bits = byte(n.Attr) // the same bits
 	}
 	for _, a := range attrNames {
 		if e.bits&a.bit != 0 {

@@ -398,13 +398,16 @@ func (m *members) checkKinds() {
 		return
 	}
 	for _, t := range m.targets {
-		known := t.err == nil && t.loc.Part != nil && (t.loc.Part.Type == gpt.TypeESP || t.loc.Part.Type == gpt.TypeXBOOTLDR)
+		known := t.err == nil && t.loc.Part != nil && bootType(t.loc.Part) && bootType(p.loc.Part)
 		if known && t.loc.Part.Type != p.loc.Part.Type {
 			t.err = withHint(refusef("cannot %s %s: it is an %s partition, and primary %s an %s", m.verb, t.name, t.loc.Part.TypeName(), p.name, p.loc.Part.TypeName()),
 				"name the ESP on its disk: the XBOOTLDR partition goes with it")
 		}
 	}
 }
+
+// bootType says whether a partition type is one of those that are not to be mixed up. An exFAT primary may be of another.
+func bootType(p *gpt.Partition) bool { return p.Type == gpt.TypeESP || p.Type == gpt.TypeXBOOTLDR }
 
 // findPairs finds the XBOOTLDR partitions: a boot loader takes the one on its own disk, so that of the primary's disk goes
 // to those on the targets' disks.
@@ -598,7 +601,11 @@ func (m *members) source() (replicate.Source, error) {
 	fail := func(err error) (replicate.Source, error) {
 		return nil, fmt.Errorf("cannot use primary %s: %w", p.name, err)
 	}
-	if p.loc != nil {
+	src, err := m.exfatSource()
+	if err != nil {
+		return fail(err)
+	}
+	if p.loc != nil && src == nil {
 		if err := m.inv.checkType(p.loc); err != nil {
 			return fail(err)
 		}
@@ -623,9 +630,10 @@ func (m *members) source() (replicate.Source, error) {
 			}
 		}
 	}
-	src, err := m.open()
-	if err != nil {
-		return fail(refuseContent(err))
+	if src == nil {
+		if src, err = m.open(); err != nil {
+			return fail(refuseContent(err))
+		}
 	}
 	if m.src = src; m.esp == nil {
 		if m.set, err = replicate.ReadSet(src); err != nil {
@@ -860,7 +868,7 @@ func (m *members) inspectOne(t *member) error {
 	}
 	vol, err := m.inv.openLocation(t.name, t.loc)
 	if err != nil {
-		return refuseContent(err)
+		return targetHint(refuseContent(err), t.loc)
 	}
 	t.vol, t.serial = vol, vol.fat.UUID()
 	if m.esp == nil && (m.set != nil || m.boot != nil) {

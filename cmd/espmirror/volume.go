@@ -8,16 +8,18 @@ import (
 
 	"espmirror/blockdev"
 	"espmirror/fatdriver"
+	"espmirror/fatdriver/exfat"
 	"espmirror/gpt"
 	"espmirror/replicate"
 )
 
-// volume is a FAT volume that a command has open for reading.
+// volume is a volume that a command has open for reading.
 type volume struct {
-	name string // as the user called it
-	loc  *gpt.Location
-	open *gpt.Volume
-	fat  *fatdriver.Volume
+	name  string // as the user called it
+	loc   *gpt.Location
+	open  *gpt.Volume
+	fat   *fatdriver.Volume
+	exfat *exfat.Volume // in place of fat, for commands that ask for openReadable
 }
 
 func (v *volume) Close() error { return v.open.Close() }
@@ -50,7 +52,7 @@ func (inv *invocation) openLocation(name string, loc *gpt.Location) (*volume, er
 		_ = open.Close()
 		return nil, err
 	}
-	return &volume{name, loc, open, fat}, nil
+	return &volume{name: name, loc: loc, open: open, fat: fat}, nil
 }
 
 // tellTable logs what is wrong with the partition table around a volume. The volume itself can be used.
