@@ -1,0 +1,381 @@
+package main
+
+import (
+	"crypto/sha256"
+	"fmt"
+	"io"
+	"maps"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"espmirror/fixtures"
+	"espmirror/fixtures/vm"
+)
+
+// scenarios are all, in the order of the table.
+var scenarios = []scenario{
+	{"a", "two disks, the second behind", "initramfs-tools", func(s *scene) { twoDisks(s) }},
+	{"a-systemd", "the whole system, /efi mounted, a kernel update", "initramfs-tools", wholeSystem},
+	{"b", "as a, with dracut", "dracut", func(s *scene) { twoDisks(s) }},
+	{"b-systemd", "as a-systemd, with dracut", "dracut", wholeSystem},
+	{"c", "power cuts in a sync, then a boot from the second disk", "initramfs-tools", powerCuts},
+	{"d", "first disk removed; it comes back stale", "initramfs-tools", removed},
+	{"e", "first disk with 4096-byte sectors, second with FAT16", "initramfs-tools", otherLayouts},
+	{"f", "second disk absent, or late", "initramfs-tools", absent},
+	{"share", "the share of a boot where nothing changed", "initramfs-tools", share},
+}
+
+// show is what a script usually asks for.
+const show = `
+section cmdline cat /proc/cmdline
+section status espmirror status
+`
+
+// followHint runs sync and then the command that its hint names, as an administrator would.
+const followHint = `
+section sync espmirror sync
+espmirror sync 2>&1 | sed -n 's/.*hint: [^` + "`]*`\\([^`]*\\)`.*/\\1/p" + `' | head -n 1 >/run/hint
+section hint cat /run/hint
+section follow sh /run/hint
+section status espmirror status
+`
+
+// twoDisks boots twice. The second disk is behind: the first boot brings it up to date before anything is mounted, and
+// the second one writes nothing.
+func twoDisks(s *scene) {
+	a := s.disk("alpha", diskOptions{}, s.version("v1", "initrd", small))
+	b := s.disk("bravo", diskOptions{}, nil)
+	s.join(a, b)
+	s.same(a, b)
+	s.update(a, "v1", "v2", small)
+	s.differ(a, b)
+
+	boot := s.boot(start{disks: []*disk{a, b}, script: show})
+	s.need(boot.version() == "v2", "%q was booted", boot.version())
+	s.beforeMounts(boot)
+	s.same(a, b)
+	s.prove(true, "the second disk gets the new kernel in the initramfs")
+
+	before := hash(s, b)
+	boot = s.boot(start{disks: []*disk{a, b}, script: show})
+	s.beforeMounts(boot)
+	s.same(a, b)
+	s.prove(hash(s, b) == before, "a boot where nothing changed does not change a bit of it")
+}
+
+// beforeMounts proves from the kernel's log that espmirror had ended before any filesystem of a disk was mounted.
+func (s *scene) beforeMounts(b *boot) {
+	_, ok := b.early()
+	s.need(ok, "the kernel's log has no closing line of espmirror")
+	done, mounted := b.moment("espmirror: early: "), b.moment("EXT4-fs (")
+	s.need(mounted > 0, "the kernel's log does not say when the root filesystem was mounted")
+	s.prove(done < mounted, "it ends before the first filesystem is mounted")
+}
+
+// hash is that of the whole disk.
+func hash(s *scene, d *disk) [32]byte {
+	f, err := os.Open(d.path)
+	s.must(err)
+	defer f.Close()
+	h := sha256.New()
+	_, err = io.Copy(h, f)
+	s.must(err)
+	return [32]byte(h.Sum(nil))
+}
+
+// wholeSystem boots to the end: systemd mounts the primary with Linux's vfat, and a kernel is installed while it is.
+func wholeSystem(s *scene) {
+	a := s.disk("alpha", diskOptions{}, s.version("v1", "initrd", systemd))
+	b := s.disk("bravo", diskOptions{}, nil)
+	s.join(a, b)
+	boot := s.boot(start{disks: []*disk{a, b}, script: `
+section failed systemctl --failed --no-legend --plain
+section units systemctl list-units --all --no-legend --plain 'espmirror*'
+section results systemctl show --property=Id,Result,ActiveState,ConditionResult 'espmirror*'
+section blame systemd-analyze blame
+section time systemd-analyze time
+section journal journalctl -b --no-pager -o short-monotonic -t espmirror -t systemd -u 'espmirror*'
+section entries ls /efi/loader/entries
+section mount grep ' /efi vfat ' /proc/self/mountinfo
+section before espmirror status
+kernel=$(uname -r)
+section install kernel-install add "$kernel" /boot/vmlinuz-"$kernel" /boot/initrd.img-"$kernel"
+section installed ls /efi/loader/entries
+# What the hooks left to a service has its time.
+for i in 1 2 3 4 5 6 7 8 9 10; do
+	espmirror status >/dev/null 2>&1 && break
+	sleep 3
+done
+section verify espmirror verify
+section after espmirror status
+section still systemctl --failed --no-legend --plain
+sync
+umount /efi 2>/dev/null
+`})
+	s.beforeMounts(boot)
+	p := boot.parts
+	s.prove(p["failed"].text == "" && p["still"].text == "", "no unit has failed")
+	s.need(strings.Contains(p["units"].text, "espmirror"), "no unit of espmirror is known: %q", p["units"].text)
+	s.prove(p["mount"].code == 0, "Linux's vfat has the primary at /efi")
+	s.need(p["install"].code == 0, "kernel-install: exit status %d: %s", p["install"].code, p["install"].text)
+	added := strings.Count(p["installed"].text, "\n") - strings.Count(p["entries"].text, "\n")
+	s.need(added == 1, "kernel-install has added %d entries: %q, %q", added, p["entries"].text, p["installed"].text)
+	s.need(p["verify"].code == 0, "verify after the kernel was installed: exit status %d: %s", p["verify"].code, p["verify"].text)
+	s.same(a, b)
+	s.prove(true, "kernel-install's hook brings the new kernel to the second disk, the primary being mounted")
+	s.note("systemd-analyze: %s", strings.TrimSpace(p["time"].text))
+	for line := range strings.Lines(p["blame"].text) {
+		if strings.Contains(line, "espmirror") {
+			s.note("systemd-analyze blame: %s", strings.Join(strings.Fields(line), " "))
+		}
+	}
+}
+
+// cuts is how often powerCuts cuts.
+const cuts = 10
+
+// powerCuts kills the machine at random moments of a sync and boots from the disk that it wrote to.
+func powerCuts(s *scene) {
+	// Both the journal's closing and the first writes are to be hit.
+	rng := rand.New(rand.NewPCG(rand.Uint64(), 0))
+	const limit = small + " espmirror.limit=5min"
+	tally := map[string]int{}
+	a0 := s.disk("alpha", diskOptions{}, s.version("v1", "initrd", limit))
+	b0 := s.disk("bravo", diskOptions{}, nil)
+	s.join(a0, b0)
+	s.update(a0, "v1", "v2", limit)
+	kept := map[*disk]string{}
+	for _, d := range []*disk{a0, b0} {
+		kept[d] = d.path + ".kept"
+		s.mustTool("cp", "--sparse=always", d.path, kept[d])
+	}
+	for i := range cuts {
+		for d, from := range kept {
+			s.mustTool("cp", "--sparse=always", from, d.path)
+		}
+		a, b := a0, b0
+		r := s.start(start{disks: []*disk{a, b}, script: show, slow: 6 << 20})
+		// The moment is counted in what has been written, for a virtual machine's seconds are of any length. The end of
+		// the run writes little and does the most: every other cut aims at it.
+		s.must(r.WaitFor("Mounting root file system"))
+		clean := written(s, b)
+		target := rng.Int64N(payloadSize)
+		if i%2 == 1 {
+			target = payloadSize - 64<<10 + rng.Int64N(128<<10)
+		}
+		begin := time.Now()
+		for written(s, b)-clean < target && time.Since(begin) < 2*time.Minute && !r.Shows("espmirror: early: ") {
+			time.Sleep(2 * time.Millisecond)
+		}
+		if i%2 == 1 {
+			time.Sleep(time.Duration(rng.Int64N(int64(1500 * time.Millisecond))))
+		}
+		cut := s.cut(r)
+		if cut.says("early: ") {
+			tally["cut after the end"]++
+		}
+		found := s.fsck(b)
+		s.must(found.Err(fixtures.AllowCrash))
+
+		boot := s.boot(start{disks: []*disk{a, b}, from: 1, script: followHint})
+		done, mounted := boot.moment("espmirror: early: "), boot.moment("EXT4-fs (")
+		s.need(done > 0 && done < mounted, "recovery did not end before the root filesystem was mounted")
+		s.sound(b)
+		switch v := boot.version(); v {
+		case "v1":
+			// The old tree. What was booted is older than the first disk, and must not overwrite it.
+			tally["rolled back"]++
+			s.need(boot.parts["sync"].code == 6 && boot.parts["hint"].text != "", "sync from the older disk: exit status %d, hint %q: %s",
+				boot.parts["sync"].code, boot.parts["hint"].text, boot.parts["sync"].text)
+			s.need(boot.parts["follow"].code == 0, "%s: exit status %d: %s", boot.parts["hint"].text, boot.parts["follow"].code, boot.parts["follow"].text)
+			s.need(boot.parts["status"].code == 0, "status: exit status %d: %s", boot.parts["status"].code, boot.parts["status"].text)
+		case "v2":
+			tally["rolled forward, or done"]++
+			s.need(boot.parts["sync"].code == 0, "sync from the newer disk: exit status %d: %s", boot.parts["sync"].code, boot.parts["sync"].text)
+		default:
+			s.need(false, "%q was booted", v)
+		}
+		if boot.says("recovered") {
+			tally["with something to recover"]++
+		}
+		s.same(a, b)
+		_, isNew := s.files(a)[machineID+"/v2/payload"]
+		s.need(isNew, "after all, the first disk has the old kernel")
+	}
+	s.prove(true, fmt.Sprintf("%d cuts: firmware, boot loader and kernel start from the second disk after each", cuts))
+	for _, k := range slices.Sorted(maps.Keys(tally)) {
+		s.note("%d of them %s", tally[k], k)
+	}
+	s.need(tally["rolled back"] > 0 && tally["with something to recover"] > 0, "no cut hit the sync: %v", tally)
+	s.prove(true, "recovery in the initramfs, then the older disk is refused as a source, and the command of the hint brings both into sync")
+}
+
+// written is how much of the disk's file is no hole; it grows as the machine writes to free space.
+func written(s *scene, d *disk) int64 {
+	n, err := allocated(d.path)
+	s.must(err)
+	return n
+}
+
+// removed takes the first disk away, updates the system without it, and brings it back.
+func removed(s *scene) {
+	a := s.disk("alpha", diskOptions{}, s.version("v1", "initrd", small))
+	b := s.disk("bravo", diskOptions{}, nil)
+	s.join(a, b)
+	vars := filepath.Join(s.dir, "kept-vars.fd")
+	boot := s.boot(start{disks: []*disk{a, b}, from: -1, vars: vars, script: show})
+	s.need(boot.parts["status"].code == 0, "status: %s", boot.parts["status"].text)
+
+	boot = s.boot(start{disks: []*disk{b}, from: -1, vars: vars, script: show + "section wait espmirror wait --timeout 1s\n"})
+	s.prove(boot.version() == "v1", "without the first disk, firmware takes EFI/BOOT/BOOTX64.EFI of the second")
+	s.need(boot.parts["status"].code == 3, "status without the first disk: exit status %d: %s", boot.parts["status"].code, boot.parts["status"].text)
+	s.update(b, "v1", "v2", small)
+
+	boot = s.boot(start{disks: []*disk{a, b}, script: followHint})
+	s.need(boot.version() == "v1", "%q was booted", boot.version())
+	s.need(boot.says("hint: "), "no hint in the kernel's log")
+	s.prove(boot.parts["done"].code == 0, "back again, it is known to be stale: refused with a hint, and the boot goes on")
+	s.need(boot.parts["sync"].code == 6, "sync from the stale disk: exit status %d: %s", boot.parts["sync"].code, boot.parts["sync"].text)
+	s.need(boot.parts["follow"].code == 0, "%s: exit status %d: %s", boot.parts["hint"].text, boot.parts["follow"].code, boot.parts["follow"].text)
+	s.same(a, b)
+	_, isNew := s.files(a)[machineID+"/v2/payload"]
+	s.prove(isNew, "the command of the hint, `"+strings.TrimSpace(boot.parts["hint"].text)+"`, brings it up to date")
+	boot = s.boot(start{disks: []*disk{a, b}, script: show})
+	s.prove(boot.version() == "v2" && boot.parts["status"].code == 0, "and it boots the new kernel")
+}
+
+// otherLayouts has disks that are not alike.
+func otherLayouts(s *scene) {
+	a := s.disk("alpha", diskOptions{sector: 4096, bus: vm.NVMe}, s.version("v1", "initrd", small))
+	b := s.disk("bravo", diskOptions{fat: 16, bus: vm.SCSI}, nil)
+	s.join(a, b)
+	s.update(a, "v1", "v2", small)
+	boot := s.boot(start{disks: []*disk{a, b}, script: show})
+	s.need(boot.version() == "v2", "%q was booted", boot.version())
+	s.beforeMounts(boot)
+	s.same(a, b)
+	s.prove(true, "from FAT32 with 4096-byte sectors on NVMe to FAT16 on SCSI")
+
+	s.update(b, "v2", "v3", small)
+	boot = s.boot(start{disks: []*disk{a, b}, from: 1, script: show})
+	s.need(boot.version() == "v3", "%q was booted", boot.version())
+	s.same(a, b)
+	s.prove(true, "and back, booted from the FAT16 disk")
+}
+
+// budget is how long an initramfs may wait for disks, and slack what a virtual machine's clock may add, in seconds.
+const (
+	budget = 2.0
+	slack  = 3.0
+)
+
+// absent boots without the second disk, and plugs it in while the machine runs.
+func absent(s *scene) {
+	a := s.disk("alpha", diskOptions{}, s.version("v1", "initrd", small))
+	b := s.disk("bravo", diskOptions{}, nil)
+	s.join(a, b)
+	both := s.boot(start{disks: []*disk{a, b}, script: show})
+	alone := s.boot(start{disks: []*disk{a}, script: show})
+	s.beforeMounts(alone)
+	grown := alone.uptime() - both.uptime()
+	s.note("init began at %.1f s with both disks, at %.1f s without the second", both.uptime(), alone.uptime())
+	s.prove(grown <= budget+slack, fmt.Sprintf("boot time grows by no more than the budget of %g s", budget))
+	took, _ := alone.early()
+	s.need(took >= budget*0.9 && took <= budget+slack, "espmirror took %.3f s without the second disk", took)
+	s.need(alone.parts["status"].code == 3, "status: exit status %d: %s", alone.parts["status"].code, alone.parts["status"].text)
+
+	s.update(a, "v1", "v2", small+" espmirror.timeout=60s espmirror.limit=5min")
+	r := s.start(start{disks: []*disk{a}, unplugged: []*disk{b}, script: show})
+	s.must(r.WaitFor("Mounting root file system"))
+	time.Sleep(2 * time.Second)
+	s.must(r.Plug(len(r.Drives) - 1))
+	late := s.wait(r)
+	s.need(late.version() == "v2", "%q was booted", late.version())
+	took, _ = late.early()
+	s.need(took < 50, "espmirror took %.3f s: it waited on after the disk had come", took)
+	s.same(a, b)
+	s.prove(true, "a disk that is plugged in while the initramfs waits is synced in the same boot")
+
+	s.update(a, "v2", "v3", small+" espmirror=no")
+	r = s.start(start{disks: []*disk{a}, unplugged: []*disk{b}, script: `
+echo "guest: ready for the disk" >/dev/kmsg
+section wait espmirror wait --timeout 60s
+section sync espmirror sync
+` + show})
+	s.must(r.WaitFor("guest: ready for the disk"))
+	time.Sleep(time.Second)
+	s.must(r.Plug(len(r.Drives) - 1))
+	late = s.wait(r)
+	s.need(late.version() == "v3" && late.parts["wait"].code == 0 && late.parts["sync"].code == 0, "%s booted; wait: exit status %d: %s; sync: %d: %s",
+		late.version(), late.parts["wait"].code, late.parts["wait"].text, late.parts["sync"].code, late.parts["sync"].text)
+	s.same(a, b)
+	s.prove(true, "so is one for which the running system waits")
+}
+
+// Limits of what the initramfs adds. On hardware a boot from kernel to init takes some seconds; what takes 150 ms of it is
+// some percent. The virtual machine is slower in everything, so that the share holds there too; and the time is compared
+// with that of a loop on the host, too.
+const (
+	maxAdded  = 6 << 20 // bytes, uncompressed
+	maxShare  = 0.05    // of the time from the start of the kernel to init
+	maxTime   = 0.150   // seconds, on a processor as fast as the host's
+	shareRuns = 3
+)
+
+// spin is work for a shell that takes some tenths of a second on hardware.
+const spin = `i=0; while [ $i -lt 400000 ]; do i=$((i+1)); done`
+
+// share measures what espmirror adds to a boot where nothing changed.
+func share(s *scene) {
+	plain, with := s.g.number("initrd-plain"), s.g.number("initrd-with")
+	s.note("initramfs, uncompressed: %.0f bytes without, %.0f with: %.2f MiB added", plain, with, (with-plain)/(1<<20))
+
+	disks := map[string][]*disk{}
+	for _, initrd := range []string{"initrd", "initrd.plain"} {
+		name := map[string]string{"initrd": "alpha", "initrd.plain": "charlie"}[initrd]
+		a := s.disk(name, diskOptions{}, s.version("v1", initrd, small))
+		b := s.disk(string(name[0]+1)+"-"+name, diskOptions{}, nil)
+		s.join(a, b)
+		disks[initrd] = []*disk{a, b}
+	}
+	up, took, pace := map[string][]float64{}, []float64{}, []float64{}
+	for range shareRuns {
+		for initrd, pair := range disks {
+			boot := s.boot(start{disks: pair, script: "read -r a b </proc/uptime\n" + spin + "\nread -r c b </proc/uptime\nsection spin echo $a $c\n"})
+			up[initrd] = append(up[initrd], boot.uptime())
+			t, ran := boot.early()
+			s.need(ran == (initrd == "initrd"), "espmirror ran: %t", ran)
+			if ran {
+				took = append(took, t)
+			}
+			f := strings.Fields(boot.parts["spin"].text)
+			s.need(len(f) == 2, "spin: %q", boot.parts["spin"].text)
+			from, _ := strconv.ParseFloat(f[0], 64)
+			to, _ := strconv.ParseFloat(f[1], 64)
+			begin := time.Now()
+			s.must(exec.CommandContext(s.ctx, "/bin/dash", "-c", spin).Run())
+			pace = append(pace, (to-from)/time.Since(begin).Seconds())
+		}
+	}
+	t, slower := median(took), median(pace)
+	of := t / median(up["initrd"])
+	s.note("init began at %.2f s with espmirror, at %.2f s without (medians of %d boots); it took %.3f s, %.1f %% of that", median(up["initrd"]), median(up["initrd.plain"]), shareRuns, t, 100*of)
+	s.note("the guest is %.1f times as slow as the host, which would need %.0f ms", slower, 1000*t/slower)
+	s.prove(of <= maxShare, fmt.Sprintf("it takes at most %g %% of a boot where nothing changed", 100*maxShare))
+	s.prove(t/slower <= maxTime, fmt.Sprintf("at most %g ms on a processor like the host's", 1000*maxTime))
+	s.prove(with-plain < maxAdded, fmt.Sprintf("it adds less than %d MiB to the initramfs, uncompressed", maxAdded>>20))
+}
+
+func median(v []float64) float64 {
+	v = slices.Sorted(slices.Values(v))
+	if len(v) == 0 {
+		return 0
+	}
+	return v[len(v)/2]
+}
