@@ -14,7 +14,7 @@ TAGS = urfave_cli_no_docs
 GOBUILD = CGO_ENABLED=0 $(GO) build -trimpath -tags $(TAGS)
 BIN = out/espmirror
 
-.PHONY: all build demo test test-short lint fuzz bench crash kill-test judges install clean help
+.PHONY: all build demo test test-short lint fuzz bench crash kill-test judges install uninstall clean help
 all: build
 
 build: ## build the one static binary, out/espmirror
@@ -60,8 +60,15 @@ crash: judges ## power cuts by the million, with every judge; goes on where it w
 kill-test: build judges ## kill -9 of sync at ROUNDS (200) random moments on a loop device; needs root
 	@scripts/kill-test.sh $(ROUNDS)
 
-install: build ## install below DESTDIR/PREFIX (/usr/local)
-	install -D -m 755 $(BIN) $(DESTDIR)$(PREFIX)/sbin/espmirror
+# PREFIX, SBINDIR, LIBDIR, UNITDIR, … are explained in scripts/packages/install; `make uninstall` needs the same ones.
+INSTALLVARS = DESTDIR PREFIX SBINDIR LIBDIR DOCDIR UNITDIR PRESETDIR UDEVRULESDIR KERNELINSTALLDIR DRACUTDIR FORMATS
+INSTALLENV = $(foreach v,$(INSTALLVARS),$(if $($(v)),$(v)='$($(v))'))
+
+install: build ## the program, units and hooks, below DESTDIR; our own files go to PREFIX (/usr/local), or where SBINDIR=… says
+	@$(INSTALLENV) scripts/packages/install install
+
+uninstall: ## take away what install put there
+	@$(INSTALLENV) scripts/packages/install uninstall
 
 clean: ## remove what was built
 	rm -rf out

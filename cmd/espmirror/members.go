@@ -42,6 +42,7 @@ type members struct {
 	bySet   bool             // the targets are those of the set, not of the command line
 	booted  bool             // nobody named the primary: it is what the machine was started from
 	waited  time.Duration    // for disks, so far
+	limit   *time.Duration   // how long to wait for them, in place of --timeout; nil when the option counts
 	scanned *fatdriver.Tree  // the volume of a primary that is read through its mount point
 	boot    *members         // the XBOOTLDR partitions on the same disks, nil when the primary's disk has none
 	esp     *members         // of XBOOTLDR partitions, the ESPs that they belong to
@@ -125,6 +126,14 @@ func (inv *invocation) timeout() (limit time.Duration, given bool, err error) {
 		return 0, true, usagef("--timeout: %v", err)
 	}
 	return limit, true, nil
+}
+
+// timeout is how long to wait for disks that are not there, as invocation.timeout tells it.
+func (m *members) timeout() (limit time.Duration, given bool, err error) {
+	if m.limit != nil {
+		return *m.limit, true, nil
+	}
+	return m.inv.timeout()
 }
 
 // primaryName is --primary, or what bootctl would take for the ESP: SYSTEMD_ESP_PATH, or the partition that the machine
@@ -227,7 +236,7 @@ func (m *members) findTargets(targets []*member, among []string) {
 // wait gives disks that are late the time that --timeout or the set allows, and finds them then. Who only looks does not
 // wait for a disk that may be dead.
 func (m *members) wait(among []string) error {
-	limit, given, err := m.inv.timeout()
+	limit, given, err := m.timeout()
 	if err != nil {
 		return err
 	}
@@ -306,7 +315,7 @@ func (m *members) findPrimary(among []string) error {
 	}
 	var err error
 	if p.loc, err = m.inv.findTarget(p.name, among); errors.As(err, new(missing)) && strings.HasPrefix(p.name, "PARTUUID=") {
-		limit, _, terr := m.inv.timeout()
+		limit, _, terr := m.timeout()
 		if terr == nil {
 			terr = m.waitFor(limit, p)
 		}
@@ -398,17 +407,7 @@ func (m *members) findPairs() error {
 	if p.loc == nil || p.loc.Part == nil || p.loc.Part.Type != gpt.TypeESP || !slices.Contains([]string{"sync", "compare", "verify"}, m.verb) {
 		return nil
 	}
-	find := func(loc *gpt.Location) (*gpt.Location, error) {
-		boot, problems, err := m.inv.finder().OnSameDisk(loc, gpt.TypeXBOOTLDR)
-		for _, text := range problems {
-			m.inv.log.Warn(text)
-		}
-		if errors.Is(err, gpt.ErrNotFound) {
-			return nil, nil
-		}
-		return boot, err
-	}
-	loc, err := find(p.loc)
+	loc, err := m.inv.xbootldr(p.loc)
 	if err != nil || loc == nil {
 		return err
 	}
@@ -418,7 +417,7 @@ func (m *members) findPairs() error {
 			continue // its ESP says why
 		}
 		x := &member{name: t.loc.Disk + " (XBOOTLDR)", esp: t}
-		if x.loc, err = find(t.loc); err != nil {
+		if x.loc, err = m.inv.xbootldr(t.loc); err != nil {
 			x.err = fmt.Errorf("cannot %s the XBOOTLDR partition beside %s: %w", m.verb, t.name, err)
 		} else if x.loc == nil {
 			x.err = withHint(missing{fmt.Errorf("cannot %s an XBOOTLDR partition beside %s: there is none on its disk, and %s has one", m.verb, t.name, p.name)},
@@ -433,6 +432,18 @@ func (m *members) findPairs() error {
 	}
 	m.boot = b
 	return nil
+}
+
+// xbootldr finds the XBOOTLDR partition on the disk of an ESP, nil when there is none.
+func (inv *invocation) xbootldr(esp *gpt.Location) (*gpt.Location, error) {
+	boot, problems, err := inv.finder().OnSameDisk(esp, gpt.TypeXBOOTLDR)
+	for _, text := range problems {
+		inv.log.Warn(text)
+	}
+	if errors.Is(err, gpt.ErrNotFound) {
+		return nil, nil
+	}
+	return boot, err
 }
 
 // volumes are the sets of volumes of a run in the order in which they are written: what entries refer to first.
@@ -661,7 +672,7 @@ func (m *members) recoverPrimary() error {
 		return nil // a damaged volume is refused when it is opened as a source
 	}
 	if m.dry {
-		if m.verb == "compare" || m.verb == "verify" || m.verb == waitVerb {
+		if m.verb == "compare" || m.verb == "verify" || m.verb == "recover" || m.verb == waitVerb {
 			return nil // what readers see now is what counts
 		}
 		return recoverHint(replicate.ErrNeedsRecovery, p.name)
@@ -1078,10 +1089,7 @@ func (m *members) close() {
 	if m.boot != nil {
 		m.boot.close()
 	}
-	if m.src != nil {
-		_ = m.src.Close()
-		m.src = nil
-	}
+	m.closeSource()
 	for _, t := range append([]*member{m.primary}, m.targets...) {
 		if t.vol != nil {
 			_ = t.vol.Close()
@@ -1097,6 +1105,18 @@ func (m *members) close() {
 	if m.locks != nil {
 		m.locks.Release()
 		m.locks = nil
+	}
+}
+
+// closeSource closes the primary; source opens it again.
+func (m *members) closeSource() {
+	if m.src != nil {
+		_ = m.src.Close()
+		m.src = nil
+	}
+	if p := m.primary; p.vol != nil {
+		_ = p.vol.Close()
+		p.vol = nil
 	}
 }
 
