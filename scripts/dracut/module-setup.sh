@@ -12,8 +12,12 @@ depends() {
 	return 0
 }
 
-# Nothing in installkernel: a host-only image has the drivers of all disks that are in use on this machine, any other has
-# all, and no file system driver is needed.
+# A host-only image has the drivers of all disks that are in use on this machine, any other has all, and no driver of a
+# file system on disks is needed. But which ESP was booted stands in an EFI variable, and what shows these is a module in
+# Debian's kernels.
+installkernel() {
+	hostonly='' instmods efivarfs
+}
 
 install() {
 	inst_simple @SBINDIR@/espmirror

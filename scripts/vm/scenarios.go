@@ -69,13 +69,21 @@ func twoDisks(s *scene) {
 	s.prove(hash(s, b) == before, "a boot where nothing changed does not change a bit of it")
 }
 
-// beforeMounts proves from the kernel's log that espmirror had ended before any filesystem of a disk was mounted.
+// beforeMounts proves from the kernel's log that espmirror had ended before init began, and that nobody had mounted an
+// ESP until then.
 func (s *scene) beforeMounts(b *boot) {
 	_, ok := b.early()
 	s.need(ok, "the kernel's log has no closing line of espmirror")
-	done, mounted := b.moment("espmirror: early: "), b.moment("EXT4-fs (")
-	s.need(mounted > 0, "the kernel's log does not say when the root filesystem was mounted")
-	s.prove(done < mounted, "it ends before the first filesystem is mounted")
+	done, root := b.moment("espmirror: early: "), b.moment("EXT4-fs (")
+	s.need(root > 0, "the kernel's log does not say when the root filesystem was mounted")
+	if done < root {
+		s.prove(true, "it ends before the first filesystem is mounted")
+	}
+	if up := b.uptime(); up > 0 {
+		s.prove(done <= up, "it ends in the initramfs")
+		s.prove(!strings.Contains(b.parts["mounts"].text, " vfat ") && !strings.Contains(b.parts["modules"].text, "vfat "),
+			"with no FAT mounted and no vfat module loaded until then")
+	}
 }
 
 // hash is that of the whole disk.
@@ -184,8 +192,7 @@ func powerCuts(s *scene) {
 		s.must(found.Err(fixtures.AllowCrash))
 
 		boot := s.boot(start{disks: []*disk{a, b}, from: 1, script: followHint})
-		done, mounted := boot.moment("espmirror: early: "), boot.moment("EXT4-fs (")
-		s.need(done > 0 && done < mounted, "recovery did not end before the root filesystem was mounted")
+		s.beforeMounts(boot)
 		s.sound(b)
 		switch v := boot.version(); v {
 		case "v1":
