@@ -24,6 +24,7 @@ type outcome struct {
 	scenario
 	err         error
 	proved      []string
+	notes       []string
 	took, boots []float64
 	wall        time.Duration
 }
@@ -46,7 +47,7 @@ func (l *lab) play(ctx context.Context, sc scenario, logf func(string, ...any)) 
 		} else {
 			os.RemoveAll(s.dir)
 		}
-		o.proved, o.took, o.boots, o.wall = s.proved, s.took, s.boots, time.Since(begin)
+		o.proved, o.notes, o.took, o.boots, o.wall = s.proved, s.notes, s.took, s.boots, time.Since(begin)
 	}()
 	var err error
 	s.g, err = l.guest(ctx, sc.kind)
