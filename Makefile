@@ -14,7 +14,7 @@ TAGS = urfave_cli_no_docs
 GOBUILD = CGO_ENABLED=0 $(GO) build -trimpath -tags $(TAGS)
 BIN = out/espmirror
 
-.PHONY: all build demo test test-short lint fuzz bench crash kill-test judges install uninstall clean help
+.PHONY: all build demo test test-short lint fuzz bench crash kill-test judges install uninstall packages clean help
 all: build
 
 build: ## build the one static binary, out/espmirror
@@ -69,6 +69,9 @@ install: build ## the program, units and hooks, below DESTDIR; our own files go 
 
 uninstall: ## take away what install put there
 	@$(INSTALLENV) scripts/packages/install uninstall
+
+packages: build ## .deb, .rpm and Arch packages in out/packages, the same bytes for the same commit; needs the Go module proxy
+	@GO='$(GO)' scripts/packages/build
 
 clean: ## remove what was built
 	rm -rf out

@@ -33,6 +33,7 @@ type app struct {
 	engine         engine
 	// terminalWidth gives the columns of a terminal, 0 for anything else.
 	terminalWidth func(io.Writer) int
+	worker        worker
 }
 
 // engine is the part of package replicate that writes or compares. Tests put failures there that no image can have.
@@ -46,6 +47,7 @@ func newApp(stdin io.Reader, stdout, stderr io.Writer) *app {
 	return &app{
 		stdin: stdin, stdout: stdout, stderr: stderr, terminalWidth: terminalWidth,
 		engine: engine{replicate.SyncAll, replicate.VerifyAll, replicate.Recover, replicate.Pending},
+		worker: worker{program: "/proc/self/exe", grace: workerGrace, signal: (*os.Process).Signal},
 	}
 }
 
@@ -179,7 +181,7 @@ func (inv *invocation) finish() int {
 
 // printError prints an error as one line, and what to do about it as another. The errors of several targets come one by one.
 func (inv *invocation) printError(err error) {
-	if err == nil || errors.Is(err, errDiffers) {
+	if err == nil || errors.Is(err, errDiffers) || errors.As(err, new(told)) {
 		return
 	}
 	var many interface{ Unwrap() []error }
@@ -219,7 +221,7 @@ func earlyJSON(args []string) string {
 func (inv *invocation) cli() *cli.App {
 	commands := []*cli.Command{
 		inv.listCommand(), inv.statusCommand(), inv.syncCommand(), inv.verifyCommand(), inv.recoverCommand(),
-		inv.addCommand(), inv.removeCommand(), inv.waitCommand(), inv.randomSeedCommand(),
+		inv.addCommand(), inv.removeCommand(), inv.waitCommand(), inv.earlyCommand(), inv.randomSeedCommand(),
 		inv.checkCommand(), inv.lsCommand(), inv.catCommand(), inv.extractCommand(),
 	}
 	for _, c := range commands {

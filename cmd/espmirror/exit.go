@@ -63,6 +63,14 @@ type interrupted struct{ error }
 func (i interrupted) Error() string { return "interrupted" }
 func (i interrupted) Unwrap() error { return i.error }
 
+// told is an error that has been told already, or that somebody else is going to tell: only the exit status is left.
+type told struct{ *jsonError }
+
+func (t told) Error() string { return t.Message }
+
+// Hint returns what to do about it.
+func (t told) Hint() string { return t.jsonError.Hint }
+
 // missing marks the error of a target that is not there, as opposed to one that is wrong.
 type missing struct{ error }
 
@@ -108,6 +116,7 @@ func exitCode(err error) int {
 	var targets *targetsError
 	var volumes *volumesError
 	var missing missing
+	var told told
 	switch {
 	case err == nil:
 		return exitDone
@@ -119,6 +128,8 @@ func exitCode(err error) int {
 		return targets.exitCode()
 	case errors.As(err, &volumes):
 		return volumes.exitCode()
+	case errors.As(err, &told):
+		return told.Exit
 	case errors.As(err, &missing):
 		return exitPartial
 	case errors.Is(err, errDiffers):

@@ -17,10 +17,23 @@ type logHandler struct {
 	level slog.Level
 	attrs string
 	group string
+	// shape turns a line into what w takes; nil for a line with its end.
+	shape func(level slog.Level, line string) string
 }
 
 func newLogger(w io.Writer, level slog.Level) *slog.Logger {
 	return slog.New(&logHandler{mu: &sync.Mutex{}, w: w, level: level})
+}
+
+// shaped is a log of ours that goes to w instead, each line in the given shape.
+func shaped(log *slog.Logger, w io.Writer, shape func(slog.Level, string) string) *slog.Logger {
+	h, ok := log.Handler().(*logHandler)
+	if !ok {
+		return log
+	}
+	c := *h
+	c.w, c.shape = w, shape
+	return slog.New(&c)
 }
 
 // Enabled implements slog.Handler.
@@ -45,7 +58,13 @@ func (h *logHandler) Handle(_ context.Context, r slog.Record) error {
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	_, err := fmt.Fprintf(h.w, "espmirror: %s%s%s\n", word, safe(r.Message), attrs)
+	line := "espmirror: " + word + safe(r.Message) + attrs
+	if h.shape != nil {
+		line = h.shape(r.Level, line)
+	} else {
+		line += "\n"
+	}
+	_, err := io.WriteString(h.w, line)
 	return err
 }
 
