@@ -20,15 +20,16 @@ import (
 
 // scenarios are all, in the order of the table.
 var scenarios = []scenario{
-	{"a", "two disks, the second behind", "initramfs-tools", func(s *scene) { twoDisks(s) }},
+	{"a", "two disks, the second behind", "initramfs-tools", func(s *scene) { twoDisks(s, small) }},
 	{"a-systemd", "the whole system, /efi mounted, a kernel update", "initramfs-tools", wholeSystem},
-	{"b", "as a, with dracut", "dracut", func(s *scene) { twoDisks(s) }},
+	{"b", "as a, with dracut", "dracut", func(s *scene) { twoDisks(s, small) }},
 	{"b-systemd", "as a-systemd, with dracut", "dracut", wholeSystem},
 	{"c", "power cuts in a sync, then a boot from the second disk", "initramfs-tools", powerCuts},
 	{"d", "first disk removed; it comes back stale", "initramfs-tools", removed},
 	{"e", "first disk with 4096-byte sectors, second with FAT16", "initramfs-tools", otherLayouts},
 	{"f", "second disk absent, or late", "initramfs-tools", absent},
 	{"share", "the share of a boot where nothing changed", "initramfs-tools", share},
+	{"control", "as a, with espmirror=no on the kernel's command line", "initramfs-tools", control},
 }
 
 // show is what a script usually asks for.
@@ -48,12 +49,12 @@ section status espmirror status
 
 // twoDisks boots twice. The second disk is behind: the first boot brings it up to date before anything is mounted, and
 // the second one writes nothing.
-func twoDisks(s *scene) {
-	a := s.disk("alpha", diskOptions{}, s.version("v1", "initrd", small))
+func twoDisks(s *scene, options string) {
+	a := s.disk("alpha", diskOptions{}, s.version("v1", "initrd", options))
 	b := s.disk("bravo", diskOptions{}, nil)
 	s.join(a, b)
 	s.same(a, b)
-	s.update(a, "v1", "v2", small)
+	s.update(a, "v1", "v2", options)
 	s.differ(a, b)
 
 	boot := s.boot(start{disks: []*disk{a, b}, script: show})
@@ -67,6 +68,27 @@ func twoDisks(s *scene) {
 	s.beforeMounts(boot)
 	s.same(a, b)
 	s.prove(hash(s, b) == before, "a boot where nothing changed does not change a bit of it")
+}
+
+// control is what the others would look like without espmirror: a must fail, or it would show nothing.
+func control(s *scene) {
+	err := func() (err error) {
+		defer func() {
+			if p := recover(); p != nil {
+				f, ok := p.(failure)
+				if !ok {
+					panic(p)
+				}
+				err = f.error
+			}
+		}()
+		twoDisks(s, small+" espmirror=no")
+		return nil
+	}()
+	s.proved = nil
+	s.need(err != nil, "scenario a passes without espmirror")
+	first, _, _ := strings.Cut(err.Error(), "\n")
+	s.prove(strings.Contains(first, "verify"), "the second disk stays behind, and the scenario fails")
 }
 
 // beforeMounts proves from the kernel's log that espmirror had ended before init began, and that nobody had mounted an
