@@ -410,7 +410,7 @@ func (s *scene) cut(r *running) *boot {
 }
 
 func (s *scene) ended(r *running, console []byte) *boot {
-	b := &boot{console: string(console), wall: time.Since(r.begin), parts: map[string]section{}}
+	b := &boot{console: string(console), wall: time.Since(r.begin)}
 	s.last = b
 	text, err := os.ReadFile(filepath.Join(s.dir, "report.log"))
 	s.must(err)
@@ -429,6 +429,7 @@ func (s *scene) ended(r *running, console []byte) *boot {
 
 // parse takes the report apart.
 func (b *boot) parse() {
+	b.parts = map[string]section{}
 	name, text := "", strings.Builder{}
 	for line := range strings.Lines(b.report) {
 		line = strings.TrimSuffix(line, "\n")
