@@ -77,7 +77,11 @@ install -m 644 scripts/vm/guest/vm.service "$tree/etc/systemd/system"
 mkdir -p "$tree/etc/systemd/system/multi-user.target.wants" "$tree/efi"
 ln -sf ../vm.service "$tree/etc/systemd/system/multi-user.target.wants"
 ln -sf /lib/systemd/system/multi-user.target "$tree/etc/systemd/system/default.target"
-echo "LABEL=vmroot / ext4 defaults 0 1" >"$tree/etc/fstab"
+# /efi is the ESP of the first disk of the scenarios. Where that disk is away, nothing waits for it.
+cat >"$tree/etc/fstab" <<EOF
+LABEL=vmroot / ext4 defaults 0 0
+PARTUUID=4f5a1b20-0000-4000-8000-000000000061 /efi vfat umask=0077,nofail,x-systemd.automount,x-systemd.device-timeout=5s 0 0
+EOF
 echo guest >"$tree/etc/hostname"
 echo 0123456789abcdef0123456789abcdef >"$tree/etc/machine-id"
 

@@ -321,6 +321,8 @@ type start struct {
 	unplugged []*disk
 	// vars keeps the variables of the firmware in that file.
 	vars string
+	// counted is vm.Machine's.
+	counted bool
 	// slow, if not zero, is how many bytes a second can be written to all disks but the first.
 	slow int64
 }
@@ -351,7 +353,7 @@ type section struct {
 
 // machine is the machine that boots as said.
 func (s *scene) machine(st start) vm.Machine {
-	m := vm.Machine{Firmware: true, BootDrive: st.from, Vars: st.vars, Memory: bootMemory, Report: filepath.Join(s.dir, "report.log"),
+	m := vm.Machine{Firmware: true, BootDrive: st.from, Vars: st.vars, Memory: bootMemory, Counted: st.counted, Report: filepath.Join(s.dir, "report.log"),
 		Timeout: bootTimeout, Quiet: bootQuiet, Prompt: "Shell>", Answer: "reset -s\r"}
 	for i, d := range st.disks {
 		drive := vm.Drive{Path: d.path, Sector: d.sector, Bus: d.bus}
@@ -480,10 +482,10 @@ func (b *boot) says(text string) bool {
 
 var (
 	logLine   = regexp.MustCompile(`^\[ *([0-9]+\.[0-9]+)\] `)
-	earlyLine = regexp.MustCompile(`espmirror: early: .*; ([0-9.]+) s\b`)
+	earlyLine = regexp.MustCompile(`espmirror: (?:[a-z]+: )?early: .*; ([0-9.]+) s, [0-9.]+ s of it waiting`)
 )
 
-// early is how many seconds the run before the root filesystem was mounted took, as it says itself.
+// early is how many seconds the run in the initramfs took, as it says itself.
 func (b *boot) early() (float64, bool) {
 	for _, line := range b.said() {
 		if m := earlyLine.FindStringSubmatch(line); m != nil {
@@ -492,6 +494,14 @@ func (b *boot) early() (float64, bool) {
 		}
 	}
 	return 0, false
+}
+
+// ended is the kernel's clock when that run ended, -1 if it did not.
+func (b *boot) ended() float64 {
+	if _, ok := b.early(); !ok {
+		return -1
+	}
+	return b.moment(" early: ")
 }
 
 // moment is the kernel's clock at the first line of its log with the text, -1 if there is none.
