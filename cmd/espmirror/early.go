@@ -39,7 +39,8 @@ func (inv *invocation) earlyCommand() *cli.Command {
 			"booted, as `sync --compare=fingerprint` does. Nothing but what was booted is ever the source: where a member is\n" +
 			"newer, it is refused with a hint, and left as it is. Where there is no replica set, nothing is done.\n" +
 			"The whole run ends after the time of --limit, even when a disk does not answer; stopping is safe at any moment.\n" +
-			"SYSTEMD_ESP_PATH has no meaning here.\n\n" +
+			"The exit status is 0 when nothing needs a person: also where there is no set, or no EFI. SYSTEMD_ESP_PATH has no\n" +
+			"meaning here.\n\n" +
 			"The kernel command line counts before the options, which are baked into an initramfs:\n" +
 			"   espmirror=no            do nothing (also off, 0)\n" +
 			"   espmirror=recover       recover only\n" +

@@ -329,6 +329,34 @@ func TestEarlyUnusable(t *testing.T) {
 	r.run("cat", r.node("sdc1"), "loader/loader.conf").want(0).has("timeout 6")
 }
 
+// TestEarlyHeld: what was booted has something to recover, and somebody holds it. It is no source then; the others are
+// recovered all the same.
+func TestEarlyHeld(t *testing.T) {
+	r := earlyRig(t, 3)
+	r.copyIn("sda1", "loader/loader.conf", "timeout 66\n")
+	r.interrupt("--target", r.node("sdb1"))
+	r.interrupt("--target", r.node("sdc1"))
+	for name, text := range map[string]string{"dev": "7:0", "size": "4096", "uevent": "", "loop/backing_file": r.dev("sdb1"), "loop/offset": "0", "loop/sizelimit": "0"} {
+		r.file("sys/block/loop0/"+name, text+"\n")
+	}
+	if err := os.Symlink("../../block/loop0", "machine/sys/class/block/loop0"); err != nil {
+		t.Fatal(err)
+	}
+	r.boot(guidOf(2))
+	before := hashes(t)
+	// One line for what is wrong, one for what was recovered, and the last one.
+	r.do("early", "--timeout=0").want(exitPartial).has("attached to loop0").
+		last("recovered 1, synced 0, in sync 0, missing 0, refused 1 (" + r.dev("sdb1") + "), failed 0")
+	after := hashes(t)
+	for _, name := range []string{"machine/dev/sda1", "machine/dev/sdb1"} {
+		if before[name] != after[name] {
+			t.Errorf("%s was written to", name)
+		}
+	}
+	r.run("recover", "-n", r.node("sdc1")).want(0)
+	r.run("cat", r.node("sdc1"), "loader/loader.conf").want(0).has("timeout 3")
+}
+
 func (r *rig) worker(do string) { r.t.Helper(); r.t.Setenv(workerEnv, do) }
 
 // TestEarlyLimit: the run is over when the time is, whatever the process does that works.
