@@ -129,7 +129,7 @@ section blame systemd-analyze blame
 section time systemd-analyze time
 section journal journalctl -b --no-pager -o short-monotonic -t espmirror -t systemd -u 'espmirror*'
 section entries ls /efi/loader/entries
-section mount grep ' /efi vfat ' /proc/self/mountinfo
+section mount grep ' /efi .* vfat ' /proc/self/mountinfo
 section before espmirror status
 kernel=$(uname -r)
 section install kernel-install add "$kernel" /boot/vmlinuz-"$kernel" /boot/initrd.img-"$kernel"
