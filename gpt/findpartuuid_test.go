@@ -1,15 +1,13 @@
 package gpt
 
 import (
-	"encoding/binary"
+	"espmirror/fixtures"
 	"os"
 	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
 	"testing"
-
-	"golang.org/x/sys/unix"
 )
 
 // udev writes udev's record of a partition and its link, as its rules make them.
@@ -47,31 +45,9 @@ func (m *fakeMachine) espDisk(name string, n int) part {
 // opens watches /dev of a machine, and returns a function that tells which nodes have been opened since the last call.
 func (m *fakeMachine) opens() func() []string {
 	m.t.Helper()
-	fd, err := unix.InotifyInit1(unix.IN_CLOEXEC | unix.IN_NONBLOCK)
-	if err != nil {
-		m.t.Skipf("inotify: %v", err)
-	}
-	m.t.Cleanup(func() { _ = unix.Close(fd) })
-	if _, err := unix.InotifyAddWatch(fd, m.sys.Path("/dev"), unix.IN_OPEN); err != nil {
-		m.t.Skipf("inotify: %v", err)
-	}
-	return func() (names []string) {
-		buf := make([]byte, 64<<10)
-		for {
-			n, err := unix.Read(fd, buf)
-			if err != nil {
-				slices.Sort(names)
-				return slices.Compact(names)
-			}
-			for b := buf[:n]; len(b) > 0; {
-				length := binary.NativeEndian.Uint32(b[12:])
-				name := strings.TrimRight(string(b[16:16+length]), "\x00")
-				if name != "" && name != "disk" {
-					names = append(names, name)
-				}
-				b = b[16+length:]
-			}
-		}
+	opened := fixtures.Opens(m.t, m.sys.Path("/dev"))
+	return func() []string {
+		return slices.DeleteFunc(opened(), func(name string) bool { return name == "disk" })
 	}
 }
 

@@ -193,3 +193,70 @@ func TestCountedAnchor(t *testing.T) {
 		}
 	}
 }
+
+// Two entries whose names differ by their counters alone: the bad and the decremented count are copied.
+func TestRivalCounters(t *testing.T) {
+	for _, name := range []string{"x+1-2.conf", "x+0-3.conf"} {
+		m := newVolume(t, geometries[2])
+		res := syncMem(t, newMemSource(withFiles(map[string]string{
+			"loader/entries/x.conf":  "title good\nlinux /EFI/BOOT/BOOTX64.EFI\n",
+			"loader/entries/" + name: "title tried\nlinux /EFI/BOOT/BOOTX64.EFI\noptions b\n",
+		})), m, Options{Selection: testSelect})
+		if res.Err != nil {
+			t.Fatal(res.Err)
+		}
+		if have := (&aMember{name: "m", guid: guidB, dev: m}).files(t); have["loader/entries/"+name] != "" {
+			t.Errorf("the source's own count %s was copied to a target that never booted it", name)
+		}
+	}
+
+	// On the target they are told apart too: each keeps its count there, and nothing is left to do.
+	ms := newMembers(t, geometries[2], nil, "a", "b")
+	a, b := ms[0], ms[1]
+	entry := func(title string) string { return "title " + title + "\nlinux /EFI/BOOT/BOOTX64.EFI\n" }
+	rivals := map[string]string{
+		"loader/entries/x.conf": entry("good"), "loader/entries/x+1-2.conf": entry("tried"), "loader/entries/x+2-1.conf": entry("of the same first count"),
+		"EFI/Linux/y+0.efi": fixtures.Program("bad"), "EFI/Linux/y+1.efi": fixtures.Program("last try"), "EFI/Linux/y.efi": fixtures.Program("good"),
+	}
+	expect := func(what string, want map[string]string) {
+		t.Helper()
+		have := b.files(t)
+		for p, c := range want {
+			if have[p] != c {
+				t.Errorf("%s: %s is %q, want %q", what, p, have[p], c)
+			}
+		}
+		if n := len(want); n != len(rivals) {
+			t.Fatal(n)
+		}
+		for p := range have {
+			if want[p] == "" && counts(p[:max(0, strings.LastIndex(p, "/"))]) {
+				t.Errorf("%s: there is %s", what, p)
+			}
+		}
+	}
+	a.write(t, withFiles(rivals))
+	res, err := a.sync(t, Options{}, b)
+	expectResults(t, "rivals", res, err, Synced)
+	want := map[string]string{
+		"loader/entries/x.conf": entry("good"), "EFI/Linux/y.efi": rivals["EFI/Linux/y.efi"], "EFI/Linux/y+1.efi": rivals["EFI/Linux/y+1.efi"],
+		"EFI/Linux/y+0.efi": rivals["EFI/Linux/y+0.efi"], // the name of its first count is that of the other one
+	}
+	first, second := "loader/entries/x+3-0.conf", "loader/entries/x+2-1.conf"
+	have := b.files(t)
+	if have[second] == entry("of the same first count") {
+		want[first], want[second] = entry("tried"), entry("of the same first count")
+	} else {
+		second = "loader/entries/x+1-2.conf"
+		want[first], want[second] = entry("of the same first count"), entry("tried")
+	}
+	expect("new", want)
+	res, err = a.sync(t, Options{}, b)
+	expectResults(t, "again", res, err, InSync)
+	b.edit(t, map[string]*string{first: ptr("→x+0-3.conf")})
+	want["loader/entries/x+0-3.conf"] = want[first]
+	delete(want, first)
+	res, err = a.sync(t, Options{}, b)
+	expectResults(t, "booted on the target", res, err, InSync)
+	expect("booted on the target", want)
+}

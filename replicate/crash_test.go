@@ -50,8 +50,18 @@ func record1(t testing.TB, g geometry, base []byte, src Source, o Options) *cras
 		t.Fatal(res.Outcome, res.Err)
 	}
 	c := &crashRun{g: g, base: base, rec: r.Recording(), src: src, opt: o}
-	// The trees at the barriers: each must be whole, and their number is bounded by that of the commits.
-	m := blockdev.NewMem(bytes.Clone(base), g.sector)
+	c.barriers(t, bytes.Clone(base))
+	if c.last != c.trees.Len()-1 {
+		t.Fatal("a tree came back after another one")
+	}
+	return c
+}
+
+// barriers notes the trees at the barriers of the recording: each must be whole, and their number is bounded by that of
+// the commits. The base is written to.
+func (c *crashRun) barriers(t testing.TB, base []byte) {
+	t.Helper()
+	m := blockdev.NewMem(base, c.g.sector)
 	note := func() {
 		// An entry that goes and whose slots lie in two sectors leaves long-name slots behind between the two commits.
 		tree, err := c.trees.Read(m, 0, true)
@@ -69,10 +79,6 @@ func record1(t testing.TB, g geometry, base []byte, src Source, o Options) *cras
 		}
 	}
 	note()
-	if c.last != c.trees.Len()-1 {
-		t.Fatal("a tree came back after another one")
-	}
-	return c
 }
 
 // visible judges what a reader without any replay sees through each FAT copy.

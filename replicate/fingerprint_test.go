@@ -192,3 +192,23 @@ func TestForetold(t *testing.T) {
 		})
 	}
 }
+
+// The words of an XBOOTLDR partition come from the ESP's set file, which its fingerprint does not cover.
+func TestFingerprintAndWords(t *testing.T) {
+	ms := newMembers(t, geometries[2], nil, "a", "b")
+	a, b := ms[0], ms[1]
+	a.write(t, withFiles(map[string]string{"loader/entries/x.conf": "title x\nlinux /EFI/BOOT/BOOTX64.EFI\noptions root=aaaa\n"}))
+	members := "member " + guidA + "\nmember " + guidB + "\n"
+	o := Options{Set: parsed(t, members)}
+	res, err := a.sync(t, o, b)
+	expectResults(t, "first", res, err, Synced)
+	o.Set = parsed(t, members+"replace root "+guidA+" aaaa\nreplace root "+guidB+" bbbb\n")
+	o.Fingerprint = true
+	res, err = a.sync(t, o, b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := b.files(t)["loader/entries/x.conf"]; !strings.Contains(got, "bbbb") {
+		t.Errorf("%s, and the entry still says %q", res[0].Outcome, got)
+	}
+}

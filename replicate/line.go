@@ -270,7 +270,7 @@ func (r *run) judge() error {
 			}
 			continue
 		}
-		why := ""
+		var why string
 		switch {
 		case s.stateErr != nil:
 			in.Verdict, why = Diverged, s.stateErr.Error()
@@ -392,7 +392,7 @@ func (r *run) hadTree(s *side, src lineageSide) (bool, error) {
 			return false, err
 		}
 	}
-	if now := base.next(d, r.sel); base.sameSelection(now) {
+	if base.equal(r.sel.scope()) {
 		return true, nil
 	}
 	// Other parts than those of the last run would be overwritten too.
@@ -404,12 +404,7 @@ func (r *run) alike(s *side) bool {
 	if s.same {
 		return true
 	}
-	sel := &State{}
-	sel.setSelection(r.sel)
-	if s.state == nil || !s.state.sameSelection(sel) {
-		return false
-	}
-	return s.counters
+	return s.state != nil && s.state.equal(r.sel.scope()) && s.counters
 }
 
 // countsAlone says whether a change is only one of a boot counter.
@@ -428,7 +423,7 @@ func (r *run) notes(s *side, src lineageSide, now *State) bool {
 		return true
 	case s.state.same(now):
 		return false
-	case s.state.sameSelection(now):
+	case s.state.equal(now.Scope):
 		return true
 	}
 	// What it remembers is about another part of the tree too, where it may be newer.
@@ -445,16 +440,22 @@ func (r *run) now() time.Time {
 
 // judgeStranger guards the members of a set against a source that is in none.
 func (r *run) judgeStranger(s *side) error {
-	if s.same || s.state == nil && s.stateErr == nil {
+	if s.same {
 		return nil
 	}
-	err := s.stateErr
-	if err == nil {
+	var err error
+	switch {
+	case s.stateErr != nil:
+		err = &Hint{refusal{s.stateErr}, "--force overwrites what is there"}
+	case s.state != nil:
 		v, why := compareLines(lineageSide{}, lineageSide{state: s.state})
 		err = v.refuse(why, r.src.Name(), s.t.Name)
 		s.res.Lineage = &Lineage{Verdict: v, Generation: s.state.Generation, Last: s.state.UpdatedAt(), Forced: r.opt.Force}
-	} else {
-		err = &Hint{refusal{err}, "--force overwrites what is there"}
+	case s.wasMember():
+		err = Diverged.refuse(fmt.Sprintf("by its %s the target is a member of a replica set to which the source does not belong", SetPath), r.src.Name(), s.t.Name)
+		s.res.Lineage = &Lineage{Verdict: Diverged, Forced: r.opt.Force}
+	default:
+		return nil
 	}
 	if r.opt.Force {
 		r.log.Warn("forced", "target", s.t.Name, "overruled", err.Error())
@@ -488,7 +489,7 @@ func (r *run) between(st *State, now Digest) error {
 // apart says whether a target that has the source's tree is at a generation that the source does not follow from: its
 // tree was changed by hand since. base is the source's generation, now what the run makes of it.
 func (s *side) apart(base, now *State) bool {
-	return s.state != nil && (base == nil || s.state.Lineage == base.Lineage && !base.knows(s.state.past())) && s.state.sameSelection(now)
+	return s.state != nil && (base == nil || s.state.Lineage == base.Lineage && !base.knows(s.state.past())) && s.state.equal(now.Scope)
 }
 
 // base is the generation that the source started from, and whether it was changed since. A target with the same tree,
@@ -516,8 +517,7 @@ func (r *run) base(sides []*side) (*State, bool, error) {
 		}
 	}
 	edited := changed // by the source's own state
-	sel := &State{}
-	sel.setSelection(r.sel)
+	scope := r.sel.scope()
 	for _, s := range sides {
 		st := s.state
 		if st == nil || !r.alike(s) || base != nil && (st.Lineage != base.Lineage || base.knows(st.past())) {
@@ -528,7 +528,7 @@ func (r *run) base(sides []*side) (*State, bool, error) {
 			return nil, false, err
 		}
 		ok := d == st.Digest
-		if !ok && !st.sameSelection(sel) {
+		if !ok && !st.equal(scope) {
 			continue // it may know of changes where this run does not look
 		}
 		if !ok && (base != nil && !edited || slices.ContainsFunc(st.Past, func(p Past) bool { return p.Digest == d })) {
@@ -546,7 +546,7 @@ func (r *run) base(sides []*side) (*State, bool, error) {
 	}
 	if base != nil && !changed {
 		// Another selection is another tree, even when what was selected before is as it was.
-		changed = !base.sameSelection(sel)
+		changed = !base.equal(scope)
 	}
 	return base, changed, nil
 }
@@ -568,8 +568,7 @@ func (r *run) targetSide(s *side, base *State) (lineageSide, error) {
 	}
 	interim := s.state.Interim != nil && dst.digest == *s.state.Interim
 	dst.changed = dst.digest != s.state.Digest && !interim
-	now := &State{}
-	if now.setSelection(r.sel); s.state.sameSelection(now) {
+	if s.state.equal(r.sel.scope()) {
 		return dst, nil
 	}
 	// What other runs selected may be selected again now.
@@ -628,8 +627,7 @@ func (r *run) rest(v view, st *State, gone []string, known bool) ([]Part, error)
 	if st == nil {
 		return nil, nil
 	}
-	now := &State{}
-	if now.setSelection(r.sel); st.sameSelection(now) {
+	if st.equal(r.sel.scope()) {
 		return st.Rest, nil
 	}
 	parts := st.left(r.sel, gone)
@@ -703,7 +701,7 @@ func (r *run) note(ctx context.Context, save func(context.Context, []byte) error
 	st := *l.now
 	known := false
 	var err error
-	if l.state != nil && !l.state.sameSelection(l.now) {
+	if l.state != nil && !l.state.equal(l.now.Scope) {
 		// What was done there and went nowhere must not be taken for what all have.
 		var sel *selection
 		var d Digest

@@ -311,7 +311,7 @@ func TestCompareLines(t *testing.T) {
 	d := func(s string) Digest { return Digest([]byte(strings.Repeat(s, 32))) }
 	// at is a state with generations 1… of the given trees, the last one being its own.
 	at := func(trees string) *State {
-		st := &State{Version: 1, Lineage: lineage, Anchors: []string{"LOADER"}}
+		st := &State{Version: 1, Lineage: lineage, Scope: Scope{Anchors: []string{"LOADER"}}}
 		for i := range trees {
 			if i > 0 {
 				st.Past = append([]Past{st.past()}, st.Past...)
@@ -415,7 +415,7 @@ func TestState(t *testing.T) {
 	if _, err := ParseState([]byte(newer)); !errors.Is(err, ErrState) || !errors.Is(err, errNewerState) {
 		t.Error(err)
 	}
-	good := string((&State{Version: 1, Lineage: st.Lineage, Generation: 1, Anchors: []string{"LOADER"}}).Bytes())
+	good := string((&State{Version: 1, Lineage: st.Lineage, Generation: 1, Scope: Scope{Anchors: []string{"LOADER"}}}).Bytes())
 	if _, err := ParseState([]byte(good)); err != nil {
 		t.Fatal(err)
 	}
@@ -436,55 +436,55 @@ func TestState(t *testing.T) {
 	}
 	// The selections of the state and of its parts are what a run could have selected.
 	for _, sel := range []struct {
-		part Part
+		part Scope
 		ok   bool
 	}{
-		{Part{Anchors: []string{"LOADER", "EFI/LINUX", "0123", "VMLINUZ"}}, true},
-		{Part{Anchors: []string{"EFI/MICROSOFT", "$RECYCLE.BIN", "X.TMP"}}, true}, // an entry refers to it, and it is left out
-		{Part{Anchors: []string{"EFI/MICROSOFT/BOOT"}, Named: []string{"EFI/MICROSOFT/BOOT"}}, true},
-		{Part{Anchors: []string{"EFI/MICROSOFT/BOOT", "LOADER"}, Named: []string{"EFI/MICROSOFT", "LOADER"}}, true},
-		{Part{Anchors: []string{"EFI", "LOADER"}, Named: []string{""}, Exclude: []string{"*.BAK", "*.BAK", "EFI/[A-C]*"}}, true},
-		{Part{Anchors: []string{"EFI/MICROSOFT/BOOT"}}, false},
-		{Part{Anchors: []string{"EFI/ESPMIRROR/JOURNAL"}}, false},
-		{Part{Anchors: []string{"EFI/ESPMIRROR/JOURNAL"}, Named: []string{"EFI/ESPMIRROR/JOURNAL"}}, false},
-		{Part{Anchors: []string{"EFI/FOO/FW/X"}}, false},
-		{Part{Anchors: []string{"A/GRUBENV/B"}}, false},
-		{Part{Anchors: []string{"LOADER", "LOADER"}}, false},
-		{Part{Anchors: []string{"EFI", "LOADER", "EFI/LINUX"}}, false},
-		{Part{Anchors: []string{""}, Named: []string{""}}, false},
-		{Part{Anchors: []string{"/"}}, false},
-		{Part{Anchors: []string{"\\"}}, false},
-		{Part{Anchors: []string{"/EFI"}}, false},
-		{Part{Anchors: []string{"EFI/"}}, false},
-		{Part{Anchors: []string{"EFI//LINUX"}}, false},
-		{Part{Anchors: []string{"EFI\\LINUX"}}, false},
-		{Part{Anchors: []string{"EFI/../LOADER"}}, false},
-		{Part{Anchors: []string{"."}}, false},
-		{Part{Anchors: []string{"efi"}}, false},
-		{Part{Anchors: []string{"A" + strings.Repeat("/A", maxParts)}}, false},
-		{Part{Anchors: []string{"EFI"}, Named: []string{"LOADER/RANDOM-SEED"}}, false},
-		{Part{Anchors: []string{"EFI"}, Named: []string{"EFI/"}}, false},
-		{Part{Anchors: []string{"EFI"}, Exclude: []string{""}}, false},
-		{Part{Anchors: []string{"EFI"}, Exclude: []string{"["}}, false},
-		{Part{Anchors: []string{"EFI"}, Exclude: []string{"/EFI"}}, false},
-		{Part{Anchors: []string{"EFI"}, Exclude: slices.Repeat([]string{"A"}, maxPaths+1)}, false},
+		{Scope{Anchors: []string{"LOADER", "EFI/LINUX", "0123", "VMLINUZ"}}, true},
+		{Scope{Anchors: []string{"EFI/MICROSOFT", "$RECYCLE.BIN", "X.TMP"}}, true}, // an entry refers to it, and it is left out
+		{Scope{Anchors: []string{"EFI/MICROSOFT/BOOT"}, Named: []string{"EFI/MICROSOFT/BOOT"}}, true},
+		{Scope{Anchors: []string{"EFI/MICROSOFT/BOOT", "LOADER"}, Named: []string{"EFI/MICROSOFT", "LOADER"}}, true},
+		{Scope{Anchors: []string{"EFI", "LOADER"}, Named: []string{""}, Exclude: []string{"*.BAK", "*.BAK", "EFI/[A-C]*"}}, true},
+		{Scope{Anchors: []string{"EFI/MICROSOFT/BOOT"}}, false},
+		{Scope{Anchors: []string{"EFI/ESPMIRROR/JOURNAL"}}, false},
+		{Scope{Anchors: []string{"EFI/ESPMIRROR/JOURNAL"}, Named: []string{"EFI/ESPMIRROR/JOURNAL"}}, false},
+		{Scope{Anchors: []string{"EFI/FOO/FW/X"}}, false},
+		{Scope{Anchors: []string{"A/GRUBENV/B"}}, false},
+		{Scope{Anchors: []string{"LOADER", "LOADER"}}, false},
+		{Scope{Anchors: []string{"EFI", "LOADER", "EFI/LINUX"}}, false},
+		{Scope{Anchors: []string{""}, Named: []string{""}}, false},
+		{Scope{Anchors: []string{"/"}}, false},
+		{Scope{Anchors: []string{"\\"}}, false},
+		{Scope{Anchors: []string{"/EFI"}}, false},
+		{Scope{Anchors: []string{"EFI/"}}, false},
+		{Scope{Anchors: []string{"EFI//LINUX"}}, false},
+		{Scope{Anchors: []string{"EFI\\LINUX"}}, false},
+		{Scope{Anchors: []string{"EFI/../LOADER"}}, false},
+		{Scope{Anchors: []string{"."}}, false},
+		{Scope{Anchors: []string{"efi"}}, false},
+		{Scope{Anchors: []string{"A" + strings.Repeat("/A", maxParts)}}, false},
+		{Scope{Anchors: []string{"EFI"}, Named: []string{"LOADER/RANDOM-SEED"}}, false},
+		{Scope{Anchors: []string{"EFI"}, Named: []string{"EFI/"}}, false},
+		{Scope{Anchors: []string{"EFI"}, Exclude: []string{""}}, false},
+		{Scope{Anchors: []string{"EFI"}, Exclude: []string{"["}}, false},
+		{Scope{Anchors: []string{"EFI"}, Exclude: []string{"/EFI"}}, false},
+		{Scope{Anchors: []string{"EFI"}, Exclude: slices.Repeat([]string{"A"}, maxPaths+1)}, false},
 	} {
 		p := sel.part
-		s := &State{Version: 1, Lineage: st.Lineage, Generation: maxGeneration, Anchors: p.Anchors, Named: p.Named, Exclude: p.Exclude}
+		s := &State{Version: 1, Lineage: st.Lineage, Generation: maxGeneration, Scope: p}
 		if _, err := ParseState(s.Bytes()); (err == nil) != sel.ok || err != nil && !errors.Is(err, ErrState) {
 			t.Errorf("%+v: %v", p, err)
 		}
-		s = &State{Version: 1, Lineage: st.Lineage, Generation: 1, Anchors: []string{"LOADER"}, Rest: []Part{p}}
+		s = &State{Version: 1, Lineage: st.Lineage, Generation: 1, Scope: Scope{Anchors: []string{"LOADER"}}, Rest: []Part{{Scope: p}}}
 		if _, err := ParseState(s.Bytes()); (err == nil) != sel.ok || err != nil && !errors.Is(err, ErrState) {
 			t.Errorf("a part that is %+v: %v", p, err)
 		}
 	}
-	over := &State{Version: 1, Lineage: st.Lineage, Generation: maxGeneration + 1, Anchors: []string{"LOADER"}}
+	over := &State{Version: 1, Lineage: st.Lineage, Generation: maxGeneration + 1, Scope: Scope{Anchors: []string{"LOADER"}}}
 	if _, err := ParseState(over.Bytes()); !errors.Is(err, ErrState) {
 		t.Error(err)
 	}
 	// What a hostile file selects does not open what belongs to one ESP alone.
-	hostile := &State{Version: 1, Lineage: st.Lineage, Generation: 1, Anchors: []string{"EFI/ESPMIRROR"}, Named: []string{"EFI/ESPMIRROR"}}
+	hostile := &State{Version: 1, Lineage: st.Lineage, Generation: 1, Scope: Scope{Anchors: []string{"EFI/ESPMIRROR"}, Named: []string{"EFI/ESPMIRROR"}}}
 	if _, err := hostile.selection(); !errors.Is(err, ErrState) {
 		t.Error(err)
 	}

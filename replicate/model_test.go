@@ -206,7 +206,7 @@ func (w *walk) somebodyEdits(m *modelMember) {
 	}
 	sort.Strings(ukis)
 	sort.Strings(kernels)
-	what := ""
+	var what string
 	kind := w.rng.IntN(7)
 	switch {
 	case kind <= 1 && len(ukis) < 6 || kind == 2 && len(ukis) == 0:

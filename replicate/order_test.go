@@ -1,6 +1,8 @@
 package replicate
 
 import (
+	"bytes"
+	"context"
 	"fmt"
 	"maps"
 	"strings"
@@ -217,6 +219,31 @@ func TestLargeSectorsOnSmallBlocks(t *testing.T) {
 					t.Fatal(err)
 				}
 			})
+		}
+	}
+}
+
+// An entry of the target names its kernel by the 8.3 name, as firmware allows: the kernel goes before the entry.
+func TestAliasOrder(t *testing.T) {
+	sel := Options{Selection: Selection{Select: []string{"loader", "EFI/tok"}}}
+	old := withFiles(map[string]string{
+		"EFI/tok/kernel-number-one": "one", "EFI/tok/kernel-number-two": "two",
+		"loader/entries/one.conf": "title one\nlinux /EFI/tok/KERNEL~1\n", "loader/entries/two.conf": "title two\nlinux /EFI/tok/kernel-number-two\n",
+	})
+	m := &aMember{name: "m", guid: guidB, dev: newVolume(t, geometries[2])}
+	m.write(t, old)
+	now := withFiles(map[string]string{"EFI/tok/kernel-number-two": "two", "loader/entries/two.conf": old["loader/entries/two.conf"]})
+	before := bytes.Clone(m.dev.Bytes())
+	for n := 0; ; n++ {
+		copy(m.dev.Bytes(), before)
+		left := n
+		res, err := Sync(context.Background(), newMemSource(now), []*Target{{Name: "m", Dev: &stopping{m.dev, &left}, PartGUID: guidB}}, sel)
+		have := m.files(t)
+		if have["loader/entries/one.conf"] != "" && have["EFI/tok/kernel-number-one"] == "" {
+			t.Fatalf("after %d writes the entry is there, and its kernel is not", n)
+		}
+		if err == nil && res[0].Err == nil {
+			break
 		}
 	}
 }

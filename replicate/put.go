@@ -215,7 +215,22 @@ const dirLockWait = 10 * time.Second
 // one, or one of the two names with the other's clusters, and then fsck.fat has to mend the volume. Nobody can do better
 // through a mount point; bootctl writes its seed in the same way. Whoever reads such a file therefore takes a damaged one
 // for a missing one.
-func PutDir(dir string, files []File) error {
+func PutDir(dir string, files []File) error { return dirWriter{}.put(dir, files) }
+
+// dirWriter does what PutDir does. A test lets a step fail by check, which is called before each; it is nil otherwise.
+type dirWriter struct{ check func(step string) error }
+
+// step carries out one call that makes something durable or visible.
+func (w dirWriter) step(name string, do func() error) error {
+	if w.check != nil {
+		if err := w.check(name); err != nil {
+			return err
+		}
+	}
+	return do()
+}
+
+func (w dirWriter) put(dir string, files []File) error {
 	files, err := cleanFiles(files)
 	if err != nil {
 		return err
@@ -227,7 +242,7 @@ func PutDir(dir string, files []File) error {
 	defer root.Close()
 	wrote := false
 	for _, f := range files {
-		changed, err := putFile(root, f)
+		changed, err := w.putFile(root, f)
 		if err != nil {
 			return fmt.Errorf("cannot write %s: %w", filepath.Join(dir, f.Path), err)
 		}
@@ -237,7 +252,7 @@ func PutDir(dir string, files []File) error {
 		return nil
 	}
 	// The clusters of a file and its directory entry are only on the medium together when the FAT is, too.
-	if err := syncRoot(root); err != nil {
+	if err := w.step("syncfs", func() error { return syncRoot(root) }); err != nil {
 		return fmt.Errorf("cannot flush the filesystem of %s: %w", dir, err)
 	}
 	return nil
@@ -253,8 +268,8 @@ func syncRoot(root *os.Root) error {
 }
 
 // putFile writes one file below root, and says whether anything was changed.
-func putFile(root *os.Root, f File) (wrote bool, err error) {
-	parent, base, made, err := ownDir(root, f.Path)
+func (w dirWriter) putFile(root *os.Root, f File) (wrote bool, err error) {
+	parent, base, made, err := w.ownDir(root, f.Path)
 	if err != nil {
 		return made, err
 	}
@@ -284,22 +299,22 @@ func putFile(root *os.Root, f File) (wrote bool, err error) {
 	same, err := hasContent(root, name, f.Content)
 	if err != nil || same {
 		if removed && err == nil {
-			err = d.Sync()
+			err = w.step("sync directory", d.Sync)
 		}
 		return made || removed, err
 	}
-	temp, err := writeTemp(root, parent, f)
+	temp, err := w.writeTemp(root, parent, f)
 	if err != nil {
 		return made || removed, err
 	}
-	if err := root.Rename(temp, name); err != nil {
+	if err := w.step("rename", func() error { return root.Rename(temp, name) }); err != nil {
 		return true, errors.Join(err, root.Remove(temp))
 	}
-	return true, d.Sync()
+	return true, w.step("sync directory", d.Sync)
 }
 
 // ownDir finds the directory of a file, without regard to case, and makes what is missing of it.
-func ownDir(root *os.Root, p string) (parent, base string, made bool, err error) {
+func (w dirWriter) ownDir(root *os.Root, p string) (parent, base string, made bool, err error) {
 	parts := fatdriver.SplitPath(p)
 	parent = "."
 	for _, part := range parts[:len(parts)-1] {
@@ -313,9 +328,9 @@ func ownDir(root *os.Root, p string) (parent, base string, made bool, err error)
 			return "", "", made, err
 		}
 		next := path.Join(parent, inDir(entries, part))
-		if err := root.Mkdir(next, 0o755); err == nil {
+		if err := w.step("mkdir", func() error { return root.Mkdir(next, 0o755) }); err == nil {
 			made = true
-			if err := syncDir(root, parent); err != nil {
+			if err := w.step("sync directory", func() error { return syncDir(root, parent) }); err != nil {
 				return "", "", made, err
 			}
 		} else if !errors.Is(err, fs.ErrExist) {
@@ -394,25 +409,25 @@ func hasContent(root *os.Root, name string, content []byte) (bool, error) {
 
 // writeTemp writes the content under a temporary name and returns it; the file is on the medium as far as it can be while
 // its directory is not.
-func writeTemp(root *os.Root, parent string, f File) (name string, err error) {
+func (w dirWriter) writeTemp(root *os.Root, parent string, f File) (name string, err error) {
 	var id [tempRandom]byte
 	if _, err := rand.Read(id[:]); err != nil {
 		return "", err
 	}
 	name = path.Join(parent, tempPrefix+hex.EncodeToString(id[:]))
-	w, err := root.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	out, err := root.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
 		return "", err
 	}
-	_, err = w.Write(f.Content)
+	err = w.step("write", func() error { _, err := out.Write(f.Content); return err })
 	if err == nil && !f.Meta.Modified.IsZero() {
 		err = root.Chtimes(name, f.Meta.Modified, f.Meta.Modified)
 	}
 	if err == nil {
 		// The new name must not lead to a file whose content is still in the cache.
-		err = w.Sync()
+		err = w.step("sync file", out.Sync)
 	}
-	if cerr := w.Close(); err == nil {
+	if cerr := out.Close(); err == nil {
 		err = cerr
 	}
 	if err != nil {

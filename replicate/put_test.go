@@ -5,8 +5,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -142,23 +144,7 @@ func (c *crashRun) watch(t testing.TB) {
 	if _, err := c.rec.Base.ReadAt(base, 0); err != nil {
 		t.Fatal(err)
 	}
-	m := blockdev.NewMem(base, c.g.sector)
-	note := func() {
-		tree, err := c.trees.Read(m, 0, true)
-		if err != nil {
-			t.Fatalf("at a barrier: %v", err)
-		}
-		c.last, _ = c.trees.Add(tree)
-	}
-	note()
-	for _, op := range c.rec.Ops {
-		if op.Flush {
-			note()
-		} else if _, err := m.WriteAt(op.Data, op.Off); err != nil {
-			t.Fatal(err)
-		}
-	}
-	note()
+	c.barriers(t, base)
 }
 
 var putGeometries = []geometry{geometries[0], geometries[3], geometries[4]}
@@ -503,5 +489,62 @@ func TestPutDirWaits(t *testing.T) {
 	}
 	if have := listing(t, dir); len(have) != 3 || !strings.HasSuffix(have["loader/x"], "-19") {
 		t.Errorf("%q", have)
+	}
+}
+
+// TestPutDirFaults fails each step in turn: the error comes back, each file is the old one or the new one, and a second
+// run does all and leaves nothing behind.
+func TestPutDirFaults(t *testing.T) {
+	files := []File{{Path: "loader/esp-sync", Content: []byte("new set")}, {Path: "EFI/espmirror/state", Content: []byte("new state")}}
+	old := map[string]string{"loader/esp-sync": "old set", "EFI/espmirror/state": ""} // the second one is not there
+	seen := map[string]bool{}
+	broken := errors.New("broken")
+	for k := 0; ; k++ {
+		dir := t.TempDir()
+		if err := errors.Join(os.Mkdir(filepath.Join(dir, "loader"), 0o755), os.WriteFile(filepath.Join(dir, "loader/esp-sync"), []byte("old set"), 0o600)); err != nil {
+			t.Fatal(err)
+		}
+		n, failed := 0, ""
+		w := dirWriter{func(step string) error {
+			if n++; n-1 == k {
+				failed = step
+				return broken
+			}
+			return nil
+		}}
+		err := w.put(dir, files)
+		if failed == "" {
+			if err != nil {
+				t.Fatal(err)
+			}
+			break
+		}
+		seen[failed] = true
+		if !errors.Is(err, broken) || !strings.Contains(err.Error(), dir) {
+			t.Errorf("step %d, %s: %v", k, failed, err)
+		}
+		for _, f := range files {
+			have, err := os.ReadFile(filepath.Join(dir, f.Path))
+			if s := string(have); s != string(f.Content) && (s != old[f.Path] || err != nil && s == "" && !errors.Is(err, fs.ErrNotExist)) {
+				t.Errorf("step %d, %s: %s is %q, %v", k, failed, f.Path, s, err)
+			}
+		}
+		if err := PutDir(dir, files); err != nil {
+			t.Errorf("step %d, %s, then again: %v", k, failed, err)
+		}
+		var have []string
+		if err := filepath.WalkDir(dir, func(p string, e fs.DirEntry, err error) error {
+			if err == nil && !e.IsDir() {
+				have = append(have, e.Name())
+			}
+			return err
+		}); err != nil || !slices.Equal(have, []string{"state", "esp-sync"}) {
+			t.Errorf("step %d, %s: left are %q, %v", k, failed, have, err)
+		}
+	}
+	for _, step := range []string{"mkdir", "write", "sync file", "rename", "sync directory", "syncfs"} {
+		if !seen[step] {
+			t.Errorf("%s never failed", step)
+		}
 	}
 }

@@ -44,14 +44,9 @@ func namedBy(src Source, skip func(path string) bool) ([]entry, error) {
 
 // readEntry reads a loader entry of a source.
 func readEntry(src Source, e *Item) (*bls.Entry, error) {
-	r, err := src.Open(e)
+	text, err := readItem(src, e)
 	if err != nil {
-		return nil, fmt.Errorf("%w: cannot read %s: %w", ErrSource, e.Path, err)
-	}
-	defer r.Close()
-	text := make([]byte, e.Size)
-	if _, err := io.ReadFull(r, text); err != nil {
-		return nil, fmt.Errorf("%w: cannot read %s: %w", ErrSource, e.Path, shrunk(err))
+		return nil, err
 	}
 	return bls.Parse(e.Path, string(text)), nil
 }
@@ -75,7 +70,7 @@ func (r *run) saneSource() error {
 	programs := map[*Item]entry{} // what entries have started
 	for _, e := range r.named {
 		it := r.src.Root().lookup(e.file)
-		what := ""
+		var what string
 		switch {
 		case it == nil:
 			what = "missing"
@@ -178,7 +173,7 @@ func (r *run) dangling(s *side) ([]entry, error) {
 	}
 	var out []entry
 	for _, e := range slices.Concat(r.named, own) {
-		there := false
+		var there bool
 		if r.sel.takes(e.file) {
 			it := r.src.Root().lookup(e.file)
 			there = it != nil && !it.Dir

@@ -7,10 +7,8 @@ import (
 	"fmt"
 	"io"
 	"maps"
-	"math"
 	"path"
 	"slices"
-	"strconv"
 	"strings"
 	"time"
 	"unicode"
@@ -254,7 +252,10 @@ func (s *Set) readLine(l *setLine, n int, firsts map[string]int) error {
 		}
 		s.sel.Exclude = append(s.sel.Exclude, v)
 	case "timeout":
-		d, err := parseTime(v)
+		d, err := ParseTime(v)
+		if err == nil && d > maxTimeout {
+			err = fmt.Errorf("%s is longer than a day", v)
+		}
 		switch {
 		case err != nil:
 			s.warn(n, "timeout: %v; the line is passed over", err)
@@ -265,7 +266,7 @@ func (s *Set) readLine(l *setLine, n int, firsts map[string]int) error {
 			s.timeout = &d
 		}
 	case "keep-free":
-		b, err := parseBytes(v)
+		b, err := ParseSize(v)
 		if err != nil {
 			return fmt.Errorf("keep-free: %w", err)
 		}
@@ -364,40 +365,6 @@ func distance(a, b string) int {
 
 // maxTimeout is longer than any boot waits for a disk.
 const maxTimeout = 24 * time.Hour
-
-var timeUnits = strings.NewReplacer(" ", "", "\t", "", "minutes", "m", "minute", "m", "min", "m", "seconds", "s", "second", "s",
-	"sec", "s", "hours", "h", "hour", "h", "hr", "h")
-
-// parseTime reads a time as systemd writes it (man 7 systemd.time): 10s, 2min, 1min 30s, and a number of seconds.
-func parseTime(v string) (time.Duration, error) {
-	t := timeUnits.Replace(v)
-	if strings.Trim(t, "0123456789") == "" {
-		t += "s"
-	}
-	d, err := time.ParseDuration(t)
-	if err != nil || d < 0 || strings.ContainsAny(t, "+-") {
-		return 0, fmt.Errorf("%q is not a time such as 10s or 2min", v)
-	}
-	if d > maxTimeout {
-		return 0, fmt.Errorf("%s is longer than a day", v)
-	}
-	return d, nil
-}
-
-// parseBytes reads a number of bytes with an optional K, M, G or T, which are powers of 1024.
-func parseBytes(v string) (int64, error) {
-	digits, shift := v, 0
-	if n := len(v); n > 0 {
-		if i := strings.IndexByte("KMGT", v[n-1]&^0x20); i >= 0 {
-			digits, shift = v[:n-1], 10*(i+1)
-		}
-	}
-	n, err := strconv.ParseUint(digits, 10, 63)
-	if err != nil || n > math.MaxInt64>>shift {
-		return 0, fmt.Errorf("%q is not a size such as 4096, 64M or 1G", v)
-	}
-	return int64(n) << shift, nil
-}
 
 // Bytes returns the file. That of a set that was not changed is what ParseSet read.
 func (s *Set) Bytes() []byte {

@@ -282,3 +282,61 @@ func TestOverwrittenVolume(t *testing.T) {
 		t.Fatal(err)
 	}
 }
+
+// What one target has by hand lets a stale source overwrite another target, which is refused when it is alone.
+func TestStaleByDetour(t *testing.T) {
+	ms := newMembers(t, geometries[2], nil, "a", "b", "c")
+	a, b, c := ms[0], ms[1], ms[2]
+	tree := func(v string) map[string]string { return withFiles(map[string]string{"EFI/Linux/" + v: v}) }
+	a.write(t, tree("v1"))
+	res, err := a.sync(t, Options{}, b, c)
+	expectResults(t, "first", res, err, Synced, Synced)
+	b.replace(t, tree("v2"))
+	res, err = b.sync(t, Options{}, c) // a is away
+	expectResults(t, "second", res, err, Synced)
+	b.replace(t, tree("v1")) // by a run that was forced, from a directory, for b alone
+	before := bytes.Clone(c.dev.Bytes())
+	res, err = a.sync(t, Options{}, c)
+	expectResults(t, "alone", res, err, ErrStaleSource)
+	copy(c.dev.Bytes(), before)
+	res, err = a.sync(t, Options{}, b, c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c.files(t)["EFI/Linux/v2"] != "v2" {
+		t.Errorf("c, at generation 2, was overwritten by a, at generation 1: %s %+v", res[1].Outcome, res[1].Lineage)
+	}
+	expectResults(t, "with b", res, err, InSync, ErrStaleSource)
+	if ga, gb := a.state(t).Generation, b.state(t).Generation; ga != 1 || gb != 2 {
+		t.Errorf("a is at generation %d now, and b at %d", ga, gb)
+	}
+	// Nor does what a has noted change that the next time.
+	res, err = a.sync(t, Options{}, b, c)
+	expectResults(t, "again", res, err, InSync, ErrStaleSource)
+
+	// A source that has lost its state, and one that is of another branch.
+	before = bytes.Clone(a.dev.Bytes())
+	a.edit(t, map[string]*string{"EFI/espmirror/state": nil})
+	res, err = a.sync(t, Options{}, b, c)
+	expectResults(t, "without a state", res, err, InSync, ErrDiverged)
+	if a.state(t) != nil {
+		t.Error("a began a lineage of its own")
+	}
+	copy(a.dev.Bytes(), before)
+	d := newMember(t, "d", "6f0c5c7e-0000-4000-8000-00000000000d", geometries[2])
+	a.replace(t, tree("v3"))
+	res, err = a.sync(t, Options{}, d)
+	expectResults(t, "branch", res, err, Synced)
+	b.replace(t, tree("v3"))
+	res, err = a.sync(t, Options{}, b, c)
+	expectResults(t, "from the branch", res, err, InSync, ErrDiverged)
+
+	// It is for a person to say which one wins.
+	res, err = a.sync(t, Options{Force: true}, b, c)
+	expectResults(t, "forced", res, err, Synced, Synced)
+	for _, m := range ms {
+		if !m.state(t).same(a.state(t)) {
+			t.Errorf("%s is at %+v", m.name, m.state(t))
+		}
+	}
+}

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"path"
 	"slices"
 	"strings"
@@ -70,11 +71,7 @@ type State struct {
 	Lineage    string `json:"lineage"`    // UUID of the line of generations; sets that never met have different ones
 	Generation uint64 `json:"generation"` // grows by one with each new tree
 	Digest     Digest `json:"digest"`     // of the selected tree at that generation
-	// Anchors, Named and Exclude are the selection that the digest is about: what was replicated, which of it by its
-	// own name, and what was left out.
-	Anchors []string `json:"anchors"`
-	Named   []string `json:"named,omitempty"`
-	Exclude []string `json:"exclude,omitempty"`
+	Scope             // what the digest is about
 	// Rest is what earlier runs selected and the last one did not, as this volume had it then: whether it was changed since
 	// matters when it is selected again.
 	Rest []Part `json:"rest,omitempty"`
@@ -90,20 +87,49 @@ type State struct {
 	Updated int64 `json:"updated"`
 }
 
-// Part is a part of a tree: a selection, less that of the state in which it stands.
-type Part struct {
+// Scope is a selection as a state file holds it, folded and sorted: what was replicated, which of it by its own name, and
+// what was left out.
+type Scope struct {
 	Anchors []string `json:"anchors"`
 	Named   []string `json:"named,omitempty"`
 	Exclude []string `json:"exclude,omitempty"`
-	Digest  Digest   `json:"digest"` // zero: nobody knows
+}
+
+// Part is a part of a tree: a selection, less that of the state in which it stands.
+type Part struct {
+	Scope
+	Digest Digest `json:"digest"` // zero: nobody knows
 	// Lost is for what was forgotten, as there were too many parts: nothing is known of the anchors, and all paths are meant
 	// when there are none. What is selected of it again counts as changed.
 	Lost bool `json:"lost,omitempty"`
 }
 
-// selection is that of the part; it returns ErrState.
-func (p *Part) selection() (*selection, error) {
-	return (&State{Anchors: p.Anchors, Named: p.Named, Exclude: p.Exclude}).selection()
+// scope is what a digest of the selection is about.
+func (s *selection) scope() Scope {
+	c := Scope{Named: slices.Collect(maps.Keys(s.byName)), Exclude: slices.Clone(s.excludes)}
+	for _, a := range s.anchors {
+		c.Anchors = append(c.Anchors, fatdriver.Fold(a))
+	}
+	slices.Sort(c.Anchors)
+	slices.Sort(c.Named)
+	slices.Sort(c.Exclude)
+	return c
+}
+
+// selection is the part of a tree that the scope speaks of. It returns ErrState.
+func (c Scope) selection() (*selection, error) {
+	sel := &selection{anchors: c.Anchors, byName: map[string]bool{}, excludes: c.Exclude}
+	for _, p := range c.Named {
+		if err := sel.selectPath(p); err != nil {
+			return nil, fmt.Errorf("%w: %w", ErrState, err)
+		}
+	}
+	return sel, nil
+}
+
+// equal says whether two scopes speak of the same part of a tree.
+func (c Scope) equal(d Scope) bool {
+	return slices.Equal(c.Anchors, d.Anchors) && slices.Equal(c.Named, d.Named) && slices.Equal(c.Exclude, d.Exclude)
 }
 
 // check says what is wrong with the selection of a part. A state file lies on a FAT, where anything may have become of it,
@@ -160,7 +186,7 @@ func (p *Part) check() error {
 	return nil
 }
 
-// checkPath wants a path as setSelection writes it.
+// checkPath wants a path as scope writes it.
 func checkPath(p string) error {
 	if clean, err := cleanPath(p); err != nil || clean != p || fatdriver.Fold(p) != p || strings.Count(p, "/") >= maxParts {
 		return fmt.Errorf("%q is not a path of a selection", p)
@@ -174,13 +200,15 @@ const (
 	maxLost = 64
 )
 
+// parts are all that the state speaks of.
+func (s *State) parts() []Part { return append([]Part{{Scope: s.Scope}}, s.Rest...) }
+
 // left are the parts of the state and of its rest that a selection does not have. Those in gone are no more.
 func (s *State) left(sel *selection, gone []string) []Part {
-	now := &State{}
-	now.setSelection(sel)
+	now := sel.scope()
 	var out []Part
 	var lost *Part
-	for _, p := range append([]Part{{Anchors: s.Anchors, Named: s.Named, Exclude: s.Exclude}}, s.Rest...) {
+	for _, p := range s.parts() {
 		same := slices.Equal(p.Exclude, now.Exclude)
 		if p.Lost {
 			// Its exclusions are those of all that came together in it: one that leaves out no more has it all.
@@ -192,9 +220,7 @@ func (s *State) left(sel *selection, gone []string) []Part {
 			open := slices.ContainsFunc(p.Named, func(n string) bool { return unnamed(n) && (!p.Lost || n == a || inside(n, a)) })
 			return same && !open && (sel.everything() || sel.covers(a)) || slices.Contains(gone, a)
 		})
-		twice := slices.ContainsFunc(out, func(q Part) bool {
-			return slices.Equal(p.Anchors, q.Anchors) && slices.Equal(p.Named, q.Named) && slices.Equal(p.Exclude, q.Exclude)
-		})
+		twice := slices.ContainsFunc(out, func(q Part) bool { return p.equal(q.Scope) })
 		switch {
 		case all && !(same && sel.everything()): // all is lost
 			lost = lost.with(p)
@@ -213,7 +239,7 @@ func (s *State) left(sel *selection, gone []string) []Part {
 
 // with is the part that stands for two that are forgotten: all that either of them may have selected. p may be nil.
 func (p *Part) with(q Part) *Part {
-	out := &Part{Anchors: slices.Clone(q.Anchors), Named: slices.Clone(q.Named), Exclude: q.Exclude, Lost: true}
+	out := &Part{Scope: Scope{slices.Clone(q.Anchors), slices.Clone(q.Named), q.Exclude}, Lost: true}
 	if p != nil {
 		out.Anchors, out.Named = append(out.Anchors, p.Anchors...), append(out.Named, p.Named...)
 		out.Exclude = slices.DeleteFunc(slices.Clone(q.Exclude), func(x string) bool { return !slices.Contains(p.Exclude, x) })
@@ -277,7 +303,7 @@ func ParseState(text []byte) (*State, error) {
 	if len(s.Rest) > maxRest+1 { // one for all that is forgotten
 		return nil, fmt.Errorf("%w: it has %d parts besides the last selection, at most %d are kept", ErrState, len(s.Rest), maxRest+1)
 	}
-	for _, p := range append([]Part{{Anchors: s.Anchors, Named: s.Named, Exclude: s.Exclude}}, s.Rest...) {
+	for _, p := range s.parts() {
 		if err := p.check(); err != nil {
 			return nil, fmt.Errorf("%w: %w", ErrState, err)
 		}
@@ -328,19 +354,14 @@ func (s *State) knows(p Past) bool { return s.is(p) || slices.Contains(s.Past, p
 // past is the state's generation as a later one remembers it.
 func (s *State) past() Past { return Past{s.Generation, s.Digest} }
 
-// sameSelection says whether two states speak of the same part of the tree.
-func (s *State) sameSelection(t *State) bool {
-	return slices.Equal(s.Anchors, t.Anchors) && slices.Equal(s.Named, t.Named) && slices.Equal(s.Exclude, t.Exclude)
-}
-
 // same says whether two states are of one generation, and speak of the same part of the tree.
 func (s *State) same(t *State) bool {
-	return s.Lineage == t.Lineage && s.is(t.past()) && s.sameSelection(t)
+	return s.Lineage == t.Lineage && s.is(t.past()) && s.equal(t.Scope)
 }
 
 // next is the state of the generation after s. s may be nil: then a new lineage begins.
 func (s *State) next(d Digest, sel *selection) *State {
-	n := &State{Version: stateVersion, Generation: 1, Digest: d}
+	n := &State{Version: stateVersion, Generation: 1, Digest: d, Scope: sel.scope()}
 	if s == nil {
 		n.Lineage = gpt.NewGUID()
 	} else {
@@ -348,7 +369,6 @@ func (s *State) next(d Digest, sel *selection) *State {
 		n.Past = append([]Past{s.past()}, s.Past...)
 		n.Past = n.Past[:min(len(n.Past), maxHistory)]
 	}
-	n.setSelection(sel)
 	return n
 }
 
@@ -367,32 +387,6 @@ func (s *State) merge(t *State) *State {
 	slices.SortStableFunc(m.Past, func(a, b Past) int { return cmp.Compare(b.Generation, a.Generation) })
 	m.Past = m.Past[:min(len(m.Past), maxHistory)]
 	return &m
-}
-
-// setSelection notes what a digest is about, in an order of its own.
-func (s *State) setSelection(sel *selection) {
-	s.Anchors, s.Named, s.Exclude = nil, nil, nil
-	for _, a := range sel.anchors {
-		s.Anchors = append(s.Anchors, fatdriver.Fold(a))
-	}
-	for k := range sel.byName {
-		s.Named = append(s.Named, k)
-	}
-	s.Exclude = slices.Clone(sel.excludes)
-	slices.Sort(s.Anchors)
-	slices.Sort(s.Named)
-	slices.Sort(s.Exclude)
-}
-
-// selection is the part of a tree that the digest is about.
-func (s *State) selection() (*selection, error) {
-	sel := &selection{anchors: s.Anchors, byName: map[string]bool{}, excludes: s.Exclude}
-	for _, p := range s.Named {
-		if err := sel.selectPath(p); err != nil {
-			return nil, fmt.Errorf("%w: %w", ErrState, err)
-		}
-	}
-	return sel, nil
 }
 
 // ReadState reads the state of a volume or directory; src may be nil. nil without an error means that it has none. It

@@ -1,10 +1,14 @@
 package replicate
 
 import (
+	"bytes"
+	"errors"
 	"fmt"
 	"maps"
+	"runtime"
 	"strings"
 	"testing"
+	"time"
 
 	"espmirror/fixtures"
 )
@@ -165,5 +169,70 @@ func TestWordsNoSet(t *testing.T) {
 	res, err = b.sync(t, Options{}, a)
 	if err == nil || !strings.Contains(fmt.Sprint(err), "cannot read the replica set file") {
 		t.Error(res, err)
+	}
+}
+
+// A word that stands often in an entry, and a long text for it.
+func TestWordsOften(t *testing.T) {
+	set := func(n int) string {
+		return "member " + guidA + "\nmember " + guidB + "\nreplace n " + guidA + " a\nreplace n " + guidB + " " + strings.Repeat("b", n) + "\n"
+	}
+	if _, err := ParseSet("s", []byte(set(maxText+1))); !errors.Is(err, ErrSet) || !strings.Contains(err.Error(), "line 4: ") {
+		t.Errorf("a text of more than %d bytes: %v", maxText, err)
+	}
+	ms := newMembers(t, geometries[2], nil, "a", "b")
+	a, b := ms[0], ms[1]
+	a.write(t, withFiles(map[string]string{
+		"loader/entries/x.conf": "title x\nlinux /EFI/BOOT/BOOTX64.EFI\noptions " + strings.Repeat("a ", 32_000),
+		"loader/esp-sync":       set(maxText),
+	}))
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	res, err := a.sync(t, Options{}, b)
+	runtime.ReadMemStats(&after)
+	expectResults(t, "too long", res, err, ErrRefused)
+	if !strings.Contains(res[0].Err.Error(), "more than 65536 bytes") {
+		t.Error(res[0].Err)
+	}
+	if used := after.TotalAlloc - before.TotalAlloc; used > 20<<20 {
+		t.Errorf("an entry of 64 KB and a text of 4 KB took %d MB: %v", used>>20, res)
+	}
+}
+
+// A target's own esp-sync with long names: what is hashed of its entries explodes.
+func TestCanonicalLongNames(t *testing.T) {
+	text := []byte("options " + strings.Repeat("a ", maxEntryFile/2))
+	set := func(n int) (*Set, error) {
+		return ParseSet("s", []byte("member "+guidA+"\nreplace "+strings.Repeat("n", n)+" "+guidA+" a\n"))
+	}
+	if _, err := set(maxName + 1); !errors.Is(err, ErrSet) || !strings.Contains(err.Error(), "line 2: ") {
+		t.Errorf("a name of more than %d bytes: %v", maxName, err)
+	}
+	s, err := set(maxName)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := len(Canonical(text, s.Texts(guidA))); n > 4<<20 {
+		t.Errorf("%d bytes become %d MB", len(text), n>>20)
+	}
+}
+
+// Many texts of one member, and entries without words: the time to look for them.
+func TestManyTexts(t *testing.T) {
+	file := "member " + guidA + "\n"
+	for i := 0; len(file) < MaxSetSize-80; i++ {
+		file += fmt.Sprintf("replace n%d %s t%04d\n", i, guidA, i)
+	}
+	set, err := ParseSet("s", []byte(file))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, word := range []string{" ", "a ", "t0001x ", "t"} {
+		text := bytes.Repeat([]byte(word), maxEntryFile/len(word))
+		start := time.Now()
+		Canonical(text, set.Texts(guidA))
+		if d := time.Since(start); d > 100*time.Millisecond {
+			t.Errorf("one entry of %q takes %v", word, d)
+		}
 	}
 }

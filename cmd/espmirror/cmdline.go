@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"espmirror/blockdev"
+	"espmirror/replicate"
 )
 
 // maxCommandLine is more than any kernel takes (COMMAND_LINE_SIZE is 4096 bytes at most on common machines).
@@ -77,7 +78,7 @@ func parseBootOptions(text string) (bootOptions, []string) {
 				}
 			}
 		case "espmirror.timeout", "espmirror.limit":
-			d, err := parseTime(p.value)
+			d, err := replicate.ParseTime(p.value)
 			switch {
 			case err != nil:
 				bad(p, "it is not a time such as 5s, 2min or 500ms")

@@ -79,7 +79,7 @@ func (inv *invocation) earlyOptions() (earlyPlan, error) {
 		p.timeout = &timeout
 	}
 	if v := inv.text("limit"); v != "" {
-		if p.limit, err = parseTime(v); err != nil {
+		if p.limit, err = replicate.ParseTime(v); err != nil {
 			return p, usagef("--limit: %v", err)
 		}
 		if p.limit == 0 {
@@ -425,7 +425,8 @@ var earlyWords = []struct {
 }
 
 // tell logs what went wrong, and one line about the whole run, which monitors and tests may parse: it has all words of
-// earlyWords, or of those for a run that does not sync, each with its number, and behind the last three the names.
+// earlyWords, or of those for a run that does not sync, each with its number, and behind the last three the names. Before
+// them stands "stopped" when something ended the run, alone when the volumes are not known.
 func (r *earlyReport) tell(log *slog.Logger) {
 	warn := func(e *jsonError) {
 		text := e.Message
@@ -460,12 +461,23 @@ func (r *earlyReport) level() slog.Level {
 func (r *earlyReport) line() string {
 	var sb strings.Builder
 	sb.WriteString("early: ")
+	if r.Stopped != nil && len(r.Volumes) == 0 {
+		sb.WriteString("stopped") // nothing is known of the volumes, and no number is true
+	} else {
+		r.outcomes(&sb)
+	}
+	fmt.Fprintf(&sb, "; %.3f s, %.3f s of it waiting", r.Seconds, r.Waited)
+	return sb.String()
+}
+
+// outcomes writes how many volumes had which outcome.
+func (r *earlyReport) outcomes(sb *strings.Builder) {
 	if r.Stopped != nil {
 		sb.WriteString("stopped; ")
 	}
 	recovered := r.count(func(v *earlyVolume) bool { return v.Recovered != nil && v.Recovered.Changed })
 	if r.Nothing == "" || recovered > 0 {
-		fmt.Fprintf(&sb, "recovered %d", recovered)
+		fmt.Fprintf(sb, "recovered %d", recovered)
 		for _, w := range earlyWords {
 			quiet := w.word == "synced" || w.word == "in sync"
 			if quiet && r.Mode == earlyRecover {
@@ -479,9 +491,9 @@ func (r *earlyReport) line() string {
 				names = append(names, v.Name)
 				return true
 			})
-			fmt.Fprintf(&sb, ", %s %d", w.word, n)
+			fmt.Fprintf(sb, ", %s %d", w.word, n)
 			if n > 0 && !quiet {
-				fmt.Fprintf(&sb, " (%s)", strings.Join(names, ", "))
+				fmt.Fprintf(sb, " (%s)", strings.Join(names, ", "))
 			}
 		}
 		if r.Nothing != "" {
@@ -491,8 +503,6 @@ func (r *earlyReport) line() string {
 	if r.Nothing != "" {
 		sb.WriteString("nothing to do: " + r.Nothing)
 	}
-	fmt.Fprintf(&sb, "; %.3f s, %.3f s of it waiting", r.Seconds, r.Waited)
-	return sb.String()
 }
 
 // print prints nothing: what there is to say is in the log.

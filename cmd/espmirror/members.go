@@ -122,7 +122,7 @@ func (inv *invocation) timeout() (limit time.Duration, given bool, err error) {
 	if v == "" {
 		return 0, false, nil
 	}
-	if limit, err = parseTime(v); err != nil {
+	if limit, err = replicate.ParseTime(v); err != nil {
 		return 0, true, usagef("--timeout: %v", err)
 	}
 	return limit, true, nil
@@ -385,16 +385,17 @@ func (m *members) isMember() bool {
 	return m.set != nil && m.primary.guid() != "" && m.set.Has(m.primary.guid())
 }
 
-// checkKinds refuses an XBOOTLDR partition that is named as the target of an ESP: the one on the disk of a target goes with
-// it by itself.
+// checkKinds refuses an XBOOTLDR partition as the copy of an ESP, and the other way round, as it may be named, or as a set
+// file with the wrong one of two GUIDs would have it: the one on the disk of a target goes with its ESP by itself.
 func (m *members) checkKinds() {
 	p := m.primary
-	if p.loc == nil || p.loc.Part == nil || p.loc.Part.Type != gpt.TypeESP || !slices.Contains([]string{"sync", "compare", "verify", "add"}, m.verb) {
+	if m.verb == seedVerb || relaxed() || p.loc == nil || p.loc.Part == nil {
 		return
 	}
 	for _, t := range m.targets {
-		if t.err == nil && t.loc.Part != nil && t.loc.Part.Type == gpt.TypeXBOOTLDR {
-			t.err = withHint(refusef("cannot %s %s: it is an XBOOTLDR partition, and primary %s an ESP", m.verb, t.name, p.name),
+		known := t.err == nil && t.loc.Part != nil && (t.loc.Part.Type == gpt.TypeESP || t.loc.Part.Type == gpt.TypeXBOOTLDR)
+		if known && t.loc.Part.Type != p.loc.Part.Type {
+			t.err = withHint(refusef("cannot %s %s: it is an %s partition, and primary %s an %s", m.verb, t.name, t.loc.Part.TypeName(), p.name, p.loc.Part.TypeName()),
 				"name the ESP on its disk: the XBOOTLDR partition goes with it")
 		}
 	}
@@ -838,9 +839,6 @@ func (m *members) inspectOne(t *member) error {
 	if err := m.inv.checkType(t.loc); err != nil {
 		return err
 	}
-	if err := m.sameKind(t); err != nil {
-		return err
-	}
 	// Opening for writing proves that nobody holds the device. A dry run opens for reading: it asks, so as to say the same.
 	by, err := m.inv.system.Holders(t.loc.ID())
 	if err != nil {
@@ -957,17 +955,6 @@ func (m *members) lineageHint(err error, t *member, l *replicate.Lineage) error 
 // changedAlone says whether a target that is not ahead of the primary was changed without a run: no other member has what it
 // has.
 func changedAlone(l *replicate.Lineage) bool { return l != nil && l.Generation <= l.Base }
-
-// sameKind refuses an XBOOTLDR partition as the copy of an ESP, and the other way round, as a set file with the wrong one
-// of two GUIDs would have it: they go in pairs.
-func (m *members) sameKind(t *member) error {
-	p := m.primary
-	if m.verb == seedVerb || relaxed() || p.loc == nil || p.loc.Part == nil || t.loc.Part == nil || p.loc.Part.Type == t.loc.Part.Type {
-		return nil
-	}
-	return withHint(refusef("it is of type %s, and the primary of type %s", t.loc.Part.TypeName(), p.loc.Part.TypeName()),
-		"name the ESP of the same disk, and its XBOOTLDR partition goes along")
-}
 
 // duplicates refuses targets whose identity another member has too: firmware and Linux could take one for the other.
 // Who only compares is warned.

@@ -380,3 +380,20 @@ func TestPairsOfSet(t *testing.T) {
 	same(t, b, "loader/loader.conf", "a.img", "b.img", "c.img")
 	same(t, b, "loader/entries.srel", "a.img@@p2", "b.img@@p2", "c.img@@p2")
 }
+
+// The XBOOTLDR partition of a pair is refused in the plan; its ESP has a new journal by then.
+func TestPairRefusedWritten(t *testing.T) {
+	b := newBench(t)
+	esp, boot := pairTrees("6.1")
+	boot[fixtures.MachineID+"/6.1/linux"] = fixtures.PE(7_000_000, 7)
+	large := volumeLike(pairBoot, 0xB007000A, boot)
+	large.Size, large.FAT = 9<<20, 16
+	b.pairDisk("a", volumeLike(pairESP, 0xE5B0000A, esp), large)
+	b.pairDisk("b", volumeLike(pairESP, 0xE5B0000B, nil), volumeLike(pairBoot, 0xB007000B, nil))
+	before := hashes(t)
+	b.writes = true
+	res := b.run("sync", "--primary", "a.img", "--target", "b.img")
+	if changed := before["b.img"] != hashes(t)["b.img"]; res.code != exitRefused || changed {
+		t.Errorf("exit status %d, and b.img was written to: %t\n%s", res.code, changed, res.stderr)
+	}
+}

@@ -153,3 +153,21 @@ func TestRandomSeedErrors(t *testing.T) {
 		}
 	}
 }
+
+// The exit status 6 says that nothing was written: a fresh random seed was.
+func TestSeedAndRefusal(t *testing.T) {
+	b := newBench(t)
+	volumes(t)
+	third := secondVolume
+	third.FAT, third.Size, third.Serial, third.Label = 32, 40<<20, 0x3333CCCC, "THIRD"
+	third.Tree = fixtures.Merge(bootTree, fixtures.TreeSpec{seedFile: fixtures.Random(512, 3)})
+	makeFixture(t, third, "c.img")
+	b.writes = true
+	b.run("sync", "-q", "--primary", "a.img", "--target", "c.img").want(0)
+	patch(t, "b.img", "ntfs.img", func(d []byte) { copy(d[3:], "NTFS    "); clear(d[11:64]) })
+	before := b.seed("c.img")
+	res := b.run("sync", "--random-seed=yes", "--primary", "a.img", "--target", "ntfs.img", "--target", "c.img")
+	if after := b.seed("c.img"); res.code != exitPartial || after == before {
+		t.Errorf("exit status %d, and a new seed was written: %t\n%s", res.code, after != before, res.stderr)
+	}
+}

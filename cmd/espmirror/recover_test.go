@@ -18,12 +18,7 @@ func TestRecoverSet(t *testing.T) {
 	r := newRig(t)
 	r.run("recover").want(exitUsage).has("no volume was given, and no primary", "name the volumes")
 	r.set(4)
-	names := func(res *result) (names []string) {
-		for _, line := range strings.Split(strings.TrimSuffix(res.stdout, "\n"), "\n") {
-			names = append(names, line)
-		}
-		return names
-	}
+	names := func(res *result) []string { return strings.Split(strings.TrimSuffix(res.stdout, "\n"), "\n") }
 	nothing := func(nodes ...string) (lines []string) {
 		for _, node := range nodes {
 			lines = append(lines, r.node(node)+": nothing to do")

@@ -168,7 +168,7 @@ func (m *members) changed(rep *setReport, names []string) (*replicate.Set, error
 	if rep.Command == "remove" {
 		volumes := m.targets
 		for _, name := range names {
-			guid := ""
+			var guid string
 			if isGUID(name) {
 				guid, _ = partGUID(name)
 			} else {

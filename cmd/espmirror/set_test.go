@@ -12,8 +12,6 @@ import (
 	"time"
 	"unicode/utf16"
 
-	"golang.org/x/sys/unix"
-
 	"espmirror/blockdev"
 	"espmirror/fixtures"
 )
@@ -397,7 +395,7 @@ func TestSyncBySet(t *testing.T) {
 	r.disk("sdx", foreign)
 	r.copyIn("sda1", "loader/loader.conf", "timeout 1\n")
 	r.run("sync", "-n").want(exitDiffers).has("machine/dev/sdb1: differs, 1 change", "machine/dev/sdc1: differs, 1 change")
-	opened := opens(t, "machine/dev")
+	opened := fixtures.Opens(t, "machine/dev")
 	if code := r.app.run(r.ctx, []string{"espmirror", "sync"}); code != 0 { // the bench would open everything
 		t.Fatal(code, r.err.String())
 	}
@@ -594,30 +592,31 @@ func TestPrimaryHeld(t *testing.T) {
 	r.do("add", r.node("sdc1")).want(0)
 }
 
-// opens watches a directory, and returns a function that tells which files have been opened since the last call.
-func opens(t *testing.T, dir string) func() []string {
-	t.Helper()
-	fd, err := unix.InotifyInit1(unix.IN_CLOEXEC | unix.IN_NONBLOCK)
+// The state on the primary is written, and the one target that is left to do is refused: exit status 6.
+func TestStateAndRefusal(t *testing.T) {
+	r := newRig(t)
+	r.set(3)
+	// The primary's state is lost; sdb has the tree still, sdc cannot be used.
+	tool(t, "mdel", "-i", r.node("sda1"), "::EFI/espmirror/state")
+	data, err := os.ReadFile(r.node("sdc1"))
 	if err != nil {
-		t.Skipf("inotify: %v", err)
+		t.Fatal(err)
 	}
-	t.Cleanup(func() { _ = unix.Close(fd) })
-	if _, err := unix.InotifyAddWatch(fd, dir, unix.IN_OPEN); err != nil {
-		t.Skipf("inotify: %v", err)
+	copy(data[3:], "NTFS    ")
+	clear(data[11:64])
+	if err := os.WriteFile(r.node("sdc1"), data, 0o644); err != nil {
+		t.Fatal(err)
 	}
-	return func() (names []string) {
-		buf := make([]byte, 64<<10)
-		for {
-			n, err := unix.Read(fd, buf)
-			if err != nil {
-				slices.Sort(names)
-				return slices.Compact(names)
-			}
-			for b := buf[:n]; len(b) > 0; {
-				length := binary.NativeEndian.Uint32(b[12:])
-				names = append(names, strings.TrimRight(string(b[16:16+length]), "\x00"))
-				b = b[16+length:]
-			}
+	before := hashes(t)
+	res := r.do("sync")
+	after := hashes(t)
+	var changed []string
+	for n := range before {
+		if before[n] != after[n] {
+			changed = append(changed, n)
 		}
+	}
+	if res.code != exitPartial || len(changed) == 0 {
+		t.Errorf("exit status %d, and written to: %q\n%s", res.code, changed, res.stderr)
 	}
 }

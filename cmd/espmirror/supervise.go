@@ -28,6 +28,8 @@ const (
 	workerGrace = 1500 * time.Millisecond
 	// workerReap is how long a killed process may take to be gone. One that waits for a disk goes when the disk answers.
 	workerReap = 200 * time.Millisecond
+	// workerDrain is time to read what a process that is gone has left in the pipes, on a machine that is busy.
+	workerDrain = 5 * time.Second
 	// maxWorkerReport bounds what is read of a worker's report.
 	maxWorkerReport = 16 << 20
 	// maxCrashLines is how much of a crash is kept: the reason comes first.
@@ -67,13 +69,13 @@ func (inv *invocation) supervise(p earlyPlan) *earlyReport {
 	done := inv.ctx.Done()
 	var doc []byte
 	var crash []string
-	docs, exited := w.doc, w.exited
+	docs, exited, lines := w.doc, w.exited, w.lines
 	var status error
-	for docs != nil || exited != nil || w.lines != nil {
+	for docs != nil || exited != nil || lines != nil {
 		select {
-		case line, ok := <-w.lines:
+		case line, ok := <-lines:
 			if !ok {
-				w.lines = nil
+				lines = nil
 			} else if strings.HasPrefix(line, "espmirror: ") || strings.HasPrefix(line, "hint: ") {
 				fmt.Fprintln(logWriter{inv}, safe(line))
 			} else if len(crash) < maxCrashLines {
@@ -82,10 +84,8 @@ func (inv *invocation) supervise(p earlyPlan) *earlyReport {
 		case doc = <-docs:
 			docs = nil
 		case status = <-exited:
-			exited = nil
-			// What it has written is in the pipes.
-			deadline.Reset(workerReap)
-			state = killed
+			exited, state = nil, killed
+			deadline.Reset(workerDrain)
 		case <-done:
 			done = nil
 			if state == running {
@@ -106,7 +106,7 @@ func (inv *invocation) supervise(p earlyPlan) *earlyReport {
 				deadline.Reset(workerReap)
 				continue
 			}
-			docs, w.lines = nil, nil
+			docs, lines = nil, nil
 			if exited != nil {
 				exited, status = nil, errLeftBehind
 			}
@@ -162,10 +162,11 @@ func (r *earlyReport) stopLate(limit time.Duration, left bool) {
 // does not answer.
 func (inv *invocation) unsupervised(p earlyPlan) *earlyReport {
 	outer := inv.ctx
-	ctx, cancel := context.WithTimeoutCause(outer, p.limit, context.Canceled)
+	ctx, cancel := context.WithCancel(outer)
 	defer cancel()
+	defer time.AfterFunc(p.limit, cancel).Stop() // no deadline, which would be a failure and not an interruption
 	inner := *inv
-	inner.ctx = canceled{ctx}
+	inner.ctx = ctx
 	rep, err := inner.earlyWork(p)
 	rep.Error = newJSONError(err)
 	if ctx.Err() != nil && outer.Err() == nil {
@@ -174,17 +175,7 @@ func (inv *invocation) unsupervised(p earlyPlan) *earlyReport {
 	return rep
 }
 
-// canceled is a context whose time being over is a cancellation like any other.
-type canceled struct{ context.Context }
-
-func (c canceled) Err() error {
-	if c.Context.Err() != nil {
-		return context.Canceled
-	}
-	return nil
-}
-
-// running is a worker that was started.
+// runningWorker is a worker that was started.
 type runningWorker struct {
 	cmd    *exec.Cmd
 	lines  chan string // of its standard error; closed at the end

@@ -40,7 +40,7 @@ func (inv *invocation) sync() (report, error) {
 	o := replicate.Options{Selection: inv.selection(), DryRun: dryRun, Log: inv.engineLog(dryRun)}
 	if v := inv.text("keep-free"); v != "" {
 		var err error
-		if o.KeepFree, err = parseSize(v); err != nil {
+		if o.KeepFree, err = replicate.ParseSize(v); err != nil {
 			return nil, usagef("--keep-free: %v", err)
 		}
 	}

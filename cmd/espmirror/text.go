@@ -60,24 +60,6 @@ func sizeText(n int64) string {
 	return strings.TrimSuffix(fmt.Sprintf("%.1f", f), ".0") + sizeUnits[u]
 }
 
-// parseSize reads a number of bytes with an optional K, M, G or T, which are powers of 1024.
-func parseSize(s string) (int64, error) {
-	digits, shift := s, 0
-	if n := len(s); n > 0 {
-		if i := strings.IndexByte("KMGT", s[n-1]&^0x20); i >= 0 {
-			digits, shift = s[:n-1], 10*(i+1)
-		}
-	}
-	n, err := strconv.ParseUint(digits, 10, 63)
-	if err != nil {
-		return 0, fmt.Errorf("%q is not a size such as 4096, 64M or 1G", s)
-	}
-	if n > math.MaxInt64>>shift {
-		return 0, fmt.Errorf("%s is too large", s)
-	}
-	return int64(n) << shift, nil
-}
-
 // quoted is a name as a shell takes it.
 func quoted(name string) string {
 	plain := func(r rune) bool {

@@ -40,16 +40,6 @@ func TestSizes(t *testing.T) {
 			t.Errorf("sizeText(%d) = %s, want %s", in, got, want)
 		}
 	}
-	for in, want := range map[string]int64{"0": 0, "512": 512, "4K": 4096, "4k": 4096, "64M": 64 << 20, "1G": 1 << 30, "2T": 2 << 40, "9223372036854775807": 1<<63 - 1} {
-		if got, err := parseSize(in); err != nil || got != want {
-			t.Errorf("parseSize(%q) = %d, %v, want %d", in, got, err, want)
-		}
-	}
-	for _, in := range []string{"", "K", "-1", "+1", "1.5M", "1 M", "0x10", "9223372036854775808", "8388608T", "1KB", "1_000"} {
-		if got, err := parseSize(in); err == nil {
-			t.Errorf("parseSize(%q) = %d, want an error", in, got)
-		}
-	}
 }
 
 func TestTable(t *testing.T) {

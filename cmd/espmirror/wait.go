@@ -4,8 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"math"
-	"strconv"
 	"strings"
 	"time"
 
@@ -45,7 +43,7 @@ func (inv *invocation) wait() (report, error) {
 		return nil, err
 	}
 	if !given {
-		if timeout, err = parseTime(defaultWait); err != nil {
+		if timeout, err = replicate.ParseTime(defaultWait); err != nil {
 			return nil, fmt.Errorf("internal error: %w", err)
 		}
 	}
@@ -179,43 +177,4 @@ func (r *waitReport) print(o *output) {
 		}
 		o.printf("PARTUUID=%s: %s\n", safe(m.GUID), o.paint(t, state))
 	}
-}
-
-// timeUnits are the units of systemd.time(7) that a timeout can sensibly have.
-var timeUnits = map[string]time.Duration{
-	"": time.Second, "s": time.Second, "sec": time.Second, "second": time.Second, "seconds": time.Second,
-	"ms": time.Millisecond, "msec": time.Millisecond,
-	"m": time.Minute, "min": time.Minute, "minute": time.Minute, "minutes": time.Minute,
-	"h": time.Hour, "hr": time.Hour, "hour": time.Hour, "hours": time.Hour,
-}
-
-// parseTime reads a span of time as systemd writes it: numbers with units, which add up, such as "5s", "2min", "1min 30s",
-// "1.5s"; a number without a unit is seconds.
-func parseTime(s string) (time.Duration, error) {
-	bad := fmt.Errorf("%q is not a time such as 5s, 2min or 500ms", s)
-	const digits = "0123456789."
-	rest, sum := strings.TrimSpace(s), time.Duration(0)
-	if rest == "" {
-		return 0, bad
-	}
-	for rest != "" {
-		number := rest[:len(rest)-len(strings.TrimLeft(rest, digits))]
-		rest = strings.TrimLeft(rest[len(number):], " ")
-		word := rest
-		if i := strings.IndexAny(rest, digits+" "); i >= 0 {
-			word = rest[:i]
-		}
-		rest = strings.TrimLeft(rest[len(word):], " ")
-		unit, ok := timeUnits[word]
-		n, err := strconv.ParseFloat(number, 64)
-		if !ok || err != nil {
-			return 0, bad
-		}
-		n *= float64(unit)
-		if n > float64(math.MaxInt64-sum)/2 { // with room for what rounding adds
-			return 0, fmt.Errorf("%s is too long", s)
-		}
-		sum += time.Duration(math.Round(n))
-	}
-	return sum, nil
 }

@@ -137,20 +137,3 @@ func TestSystemRoot(t *testing.T) {
 	b.run("--system-root", filepath.Base(s.root), "list").want(0).has(node)
 	b.run("--system-root", "/", "list", node).want(0)
 }
-
-func TestParseTime(t *testing.T) {
-	for in, want := range map[string]time.Duration{
-		"0": 0, "5": 5 * time.Second, "5s": 5 * time.Second, "500ms": 500 * time.Millisecond, "2min": 2 * time.Minute, "1m": time.Minute,
-		"1min 30s": 90 * time.Second, "1min30s": 90 * time.Second, " 1.5s ": 1500 * time.Millisecond, "1h": time.Hour, "2 min": 2 * time.Minute,
-		"0s": 0, "1 2": 3 * time.Second, ".5s": 500 * time.Millisecond, "100000h": 100000 * time.Hour,
-	} {
-		if got, err := parseTime(in); err != nil || got != want {
-			t.Errorf("%q: %v %v, want %v", in, got, err, want)
-		}
-	}
-	for _, bad := range []string{"", " ", "s", "-1s", "+1s", "5x", "infinity", "1..5s", ".", "1e3", "0x10", "5s,", "99999999999h", "1d", "5S"} {
-		if got, err := parseTime(bad); err == nil {
-			t.Errorf("%q: %v", bad, got)
-		}
-	}
-}

@@ -400,7 +400,7 @@ func (x *explorer) legal() error {
 // Replay judges again the state that the lines of a violation lead to, and returns what is wrong with it.
 func (c *Run) Replay(lines []string) error {
 	rec := c.Recording
-	k := 0
+	var k int
 	for i, line := range lines {
 		s, err := rec.State(line)
 		if err != nil {

@@ -2,6 +2,7 @@ package day
 
 import (
 	"os"
+	"path/filepath"
 	"regexp"
 	"strings"
 	"testing"
@@ -63,4 +64,75 @@ func TestReadme(t *testing.T) {
 		t.Errorf("%d lines were run", ran)
 	}
 	m.run("status").want(0).has(disks[1].guid, disks[3].guid)
+}
+
+// TestRescue runs what docs/rescue.md says, line by line, on a set whose second disk is changed, cut and lost.
+func TestRescue(t *testing.T) {
+	if testing.Short() {
+		t.Skip("skipped: rescue: it builds three programs")
+	}
+	fixtures.Need(t, "mcopy", "mren", "mdel", "fsck.fat")
+	text, err := os.ReadFile("../../docs/rescue.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := newMachine(t, build(t), false)
+	var disks []*member
+	for i, serial := range []string{"AAAA-0001", "BBBB-0002", "CCCC-0003"} {
+		disks = append(disks, m.make("sd"+string(rune('a'+i)), "-size 40M -fat 32 -spc 1 -serial "+serial, "", map[string]string{}))
+	}
+	a, b := disks[0], disks[1]
+	m.kernel(a, "6.1.0", "")
+	m.put(a, "EFI/systemd/systemd-bootx64.efi", content(fixtures.PE(9000, 1)))
+	m.boot(a)
+	m.sh("espmirror add " + m.dev(b)).want(0)
+	// Nobody has booted from these disks: the page names all volumes.
+	m.must(os.RemoveAll(filepath.Join(m.root, "sys/firmware")))
+	m.kernel(a, "6.1.1", "")
+	node := regexp.MustCompile(`/dev/sd([a-c])1\b`)
+	// What each command is to exit with, where it is not 0.
+	status := map[string]int{"status --primary": 4, "verify --primary /dev/sda1 --target /dev/sdb1": 4, "sync -n": 4}
+	ran := 0
+	for i, block := range strings.Split(string(text), "\n```") {
+		if i%2 == 0 || strings.HasPrefix(block, "sh\n") {
+			continue
+		}
+		for line := range strings.Lines(block) {
+			line = strings.TrimSpace(line)
+			if !strings.HasPrefix(line, "espmirror ") {
+				continue
+			}
+			want := 0
+			for k, n := range status {
+				if strings.HasPrefix(line, "espmirror "+k) {
+					want = n
+				}
+			}
+			switch {
+			case strings.Contains(line, "recover -n"):
+				m.sh("powercut -at commit -commit 1 -seed 2 " + m.dev(a) + " " + m.dev(b)).want(0)
+				want = 5
+			case strings.Contains(line, "sync -n"):
+				m.kernel(a, "6.1.2", "")
+			case strings.Contains(line, "--force"):
+				m.mtools(b, "mdel", "::EFI/systemd/systemd-bootx64.efi")
+				m.sh("espmirror sync --primary " + m.dev(a) + " --target " + m.dev(b)).want(6)
+			case strings.Contains(line, " remove "):
+				m.unplug(b)
+				line = strings.ReplaceAll(line, "4f5a1b20-0000-4000-8000-000000000002", b.guid)
+			}
+			m.sh(node.ReplaceAllString(line, m.root+"/dev/sd$1")).want(want)
+			ran++
+		}
+	}
+	if ran < 18 {
+		t.Errorf("%d lines were run", ran)
+	}
+	for _, p := range []string{"rescued/EFI/systemd/systemd-bootx64.efi", "some/loader/esp-sync", "loader.conf"} {
+		if _, err := os.Stat(filepath.Join(m.dir, p)); err != nil {
+			t.Error(err)
+		}
+	}
+	m.freshSeeds(a, disks[2])
+	m.check(a, disks[2])
 }

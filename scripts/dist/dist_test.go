@@ -4,7 +4,9 @@ package dist
 
 import (
 	"bytes"
+	"context"
 	"errors"
+	"flag"
 	"io/fs"
 	"os"
 	"os/exec"
@@ -132,6 +134,9 @@ func TestMain(m *testing.M) {
 		panic(err)
 	}
 	installedDir = dir
+	// They wait more than they work.
+	flag.Parse()
+	flag.Set("test.parallel", "16")
 	code := m.Run()
 	os.RemoveAll(dir)
 	os.Exit(code)
@@ -217,7 +222,9 @@ func (m *machine) run(limit time.Duration, env []string, command ...string) stri
 
 func (m *machine) try(env []string, command ...string) (string, int, time.Duration) {
 	m.t.Helper()
-	cmd := exec.Command(command[0], command[1:]...)
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, command[0], command[1:]...)
 	for _, v := range os.Environ() {
 		if !strings.HasPrefix(v, "DPKG_") && !strings.HasPrefix(v, "DEB_") {
 			cmd.Env = append(cmd.Env, v)
@@ -266,6 +273,7 @@ func (m *machine) waits() string {
 }
 
 func TestQueueWithSystemd(t *testing.T) {
+	t.Parallel()
 	forShells(t, func(t *testing.T, shell []string) {
 		m := newMachine(t)
 		m.mkdir("run/systemd/system")
@@ -292,6 +300,7 @@ func TestQueueWithSystemd(t *testing.T) {
 }
 
 func TestQueueRunNotWritable(t *testing.T) {
+	t.Parallel()
 	forShells(t, func(t *testing.T, shell []string) {
 		m := newMachine(t)
 		m.mkdir("run/systemd/system")
@@ -317,6 +326,7 @@ func TestQueueRunNotWritable(t *testing.T) {
 // TestQueueNotHere: nothing is done, and nothing is said, where there is nothing to replicate, or where what could be
 // replicated belongs to another machine.
 func TestQueueNotHere(t *testing.T) {
+	t.Parallel()
 	cases := map[string]func(m *machine) []string{
 		"no EFI": func(m *machine) []string { m.remove("sys/firmware/efi"); m.mkdir("run/systemd/system"); return nil },
 		"no program": func(m *machine) []string {
@@ -358,6 +368,7 @@ func TestQueueNotHere(t *testing.T) {
 }
 
 func TestQueueInDpkg(t *testing.T) {
+	t.Parallel()
 	forShells(t, func(t *testing.T, shell []string) {
 		for _, c := range []struct {
 			name, query, trigger, mode string
@@ -390,6 +401,7 @@ func TestQueueInDpkg(t *testing.T) {
 
 // TestQueueForeground: without systemd, after the last hook, the sync runs at once; its failure is one line.
 func TestQueueForeground(t *testing.T) {
+	t.Parallel()
 	forShells(t, func(t *testing.T, shell []string) {
 		for do, says := range map[string]string{"0": "", "64": "", "1": "failed (1)", "3": "missing or failed", "6": "failed (6)",
 			"crash": "failed (139)", "hang": "longer than 2 s"} {
@@ -411,6 +423,7 @@ func TestQueueForeground(t *testing.T) {
 
 // TestQueueBackground: without systemd, a hook returns at once, and the sync begins when the caller is done.
 func TestQueueBackground(t *testing.T) {
+	t.Parallel()
 	forShells(t, func(t *testing.T, shell []string) {
 		m := newMachine(t)
 		m.env = append(m.env, "ESPMIRROR_SETTLE_SECONDS=20")
@@ -441,6 +454,7 @@ func TestQueueBackground(t *testing.T) {
 
 // TestQueueJobDied: a job that was killed does not keep later ones from running.
 func TestQueueJobDied(t *testing.T) {
+	t.Parallel()
 	forShells(t, func(t *testing.T, shell []string) {
 		m := newMachine(t)
 		m.mkdir("run/espmirror")
@@ -454,6 +468,7 @@ func TestQueueJobDied(t *testing.T) {
 }
 
 func TestSettle(t *testing.T) {
+	t.Parallel()
 	forShells(t, func(t *testing.T, shell []string) {
 		m := newMachine(t)
 		// Nothing was asked for: at boot, no time is lost.
@@ -469,11 +484,14 @@ func TestSettle(t *testing.T) {
 
 		// What does not end is waited for no longer than the limit (2 s here).
 		m.mkdir("efi/stays")
-		m.write("run/espmirror/pending", "", 0o644)
-		m.write("run/espmirror/wait.1", "dir "+m.path("efi/stays")+"\n", 0o644)
-		_, status, took := m.try(nil, append(shell, m.lib("queue-sync"), "--settle")...)
-		if status != 0 || took < 1900*time.Millisecond || took > 4*time.Second || m.waits() != "" {
-			t.Errorf("status %d after %v, waits for %q", status, took, m.waits())
+		m.mkdir("proc/4242")
+		for _, what := range []string{"dir " + m.path("efi/stays"), "pid 4242"} {
+			m.write("run/espmirror/pending", "", 0o644)
+			m.write("run/espmirror/wait.1", what+"\n", 0o644)
+			_, status, took := m.try(nil, append(shell, m.lib("queue-sync"), "--settle")...)
+			if status != 0 || took < 1900*time.Millisecond || took > 4*time.Second || m.waits() != "" {
+				t.Errorf("%s: status %d after %v, waits for %q", what, status, took, m.waits())
+			}
 		}
 	})
 }
@@ -482,6 +500,7 @@ var scriptDirs = []string{"lib", "dracut", "initramfs-tools", "mkinitcpio", "ker
 
 // TestShellcheck covers every script, in the dialect of who runs it.
 func TestShellcheck(t *testing.T) {
+	t.Parallel()
 	need(t, "shellcheck")
 	dialects := map[string]string{"#!/bin/sh": "sh", "#!/bin/bash": "bash", "#!/usr/bin/ash": "dash"}
 	byDialect := map[string][]string{}
