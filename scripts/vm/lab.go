@@ -27,6 +27,7 @@ type lab struct {
 	repo     string
 	bin, deb string // the program and its package
 	guests   map[string]*guest
+	cuts     int // how often the power is cut
 }
 
 // guest is a system to boot, as scripts/vm-tree.sh makes it.

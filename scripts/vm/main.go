@@ -33,6 +33,7 @@ func run(ctx context.Context, stdout, stderr io.Writer, args []string) error {
 	only := f.String("only", "", "play these scenarios only, separated by commas")
 	bin := f.String("bin", "out/espmirror", "the program")
 	deb := f.String("deb", "", "the package of the same program")
+	cuts := f.Int("cuts", 10, "how often the power is cut, two at least")
 	doc := f.String("doc", "", "also write the table to this file, when all scenarios were played")
 	if err := f.Parse(args); err != nil {
 		return err
@@ -41,6 +42,7 @@ func run(ctx context.Context, stdout, stderr io.Writer, args []string) error {
 	if err != nil {
 		return err
 	}
+	l.cuts = max(*cuts, 2)
 	defer os.Remove(l.dir) // stays where a scenario failed
 	logf := func(string, ...any) {}
 	if *verbose {

@@ -164,9 +164,6 @@ umount /efi 2>/dev/null
 	}
 }
 
-// cuts is how often powerCuts cuts.
-const cuts = 10
-
 // powerCuts kills the machine at random moments of a sync and boots from the disk that it wrote to.
 func powerCuts(s *scene) {
 	// Both the journal's closing and the first writes are to be hit.
@@ -182,7 +179,7 @@ func powerCuts(s *scene) {
 		kept[d] = d.path + ".kept"
 		s.mustTool("cp", "--sparse=always", d.path, kept[d])
 	}
-	for i := range cuts {
+	for i := range s.cuts {
 		for d, from := range kept {
 			s.mustTool("cp", "--sparse=always", from, d.path)
 		}
@@ -234,7 +231,7 @@ func powerCuts(s *scene) {
 		_, isNew := s.files(a)[machineID+"/v2/payload"]
 		s.need(isNew, "after all, the first disk has the old kernel")
 	}
-	s.prove(true, fmt.Sprintf("%d cuts: firmware, boot loader and kernel start from the second disk after each", cuts))
+	s.prove(true, fmt.Sprintf("%d cuts: firmware, boot loader and kernel start from the second disk after each", s.cuts))
 	for _, k := range slices.Sorted(maps.Keys(tally)) {
 		s.note("%d of them %s", tally[k], k)
 	}
