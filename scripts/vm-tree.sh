@@ -33,7 +33,7 @@ missing() {
 }
 test "$(id -u)" = 0 || missing "it needs root"
 PATH=$PATH:/usr/sbin:/sbin
-for tool in mmdebstrap mkfs.ext4 unshare chroot; do
+for tool in mmdebstrap mkfs.ext4 unshare chroot flock; do
 	command -v $tool >/dev/null || missing "$tool: not installed"
 done
 
@@ -45,10 +45,14 @@ in_tree() {
 		exec chroot "$0" "$@"' "$@"
 }
 
+# One at a time.
+mkdir -p "$(dirname "$base")"
+exec 9>"$base.lock"
+flock 9
+
 key="$suite $packages"
 if [ "$(cat "$base.key" 2>/dev/null)" != "$key" ]; then
 	rm -rf "$base" "$base.key"
-	mkdir -p "$(dirname "$base")"
 	# Documentation would only make the image larger. Weaker compression of the initial RAM disk: it is made anew often.
 	# shellcheck disable=SC2016 # for the shell of the hook
 	timeout 900 mmdebstrap --quiet --mode=root --variant=minbase --include="$packages" \

@@ -324,9 +324,15 @@ type start struct {
 	vars string
 	// counted is vm.Machine's.
 	counted bool
-	// slow, if not zero, is how many bytes a second can be written to all disks but the first.
-	slow int64
+	// slow makes all disks but the first slow to write to.
+	slow bool
 }
+
+// A slow disk, for a second: the data takes four of them, and the few small writes behind it two more.
+const (
+	slowBytes = 6 << 20
+	slowOps   = 16
+)
 
 // scriptSize tells the disk with the script from the others, in guest/run.
 const scriptSize = 1 << 20
@@ -358,8 +364,8 @@ func (s *scene) machine(st start) vm.Machine {
 		Timeout: bootTimeout, Quiet: bootQuiet, Prompt: "Shell>", Answer: "reset -s\r"}
 	for i, d := range st.disks {
 		drive := vm.Drive{Path: d.path, Sector: d.sector, Bus: d.bus}
-		if i > 0 {
-			drive.WriteBytes = st.slow
+		if i > 0 && st.slow {
+			drive.WriteBytes, drive.WriteOps = slowBytes, slowOps
 		}
 		m.Drives = append(m.Drives, drive)
 	}
