@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"time"
@@ -26,6 +27,7 @@ var scenarios = []scenario{
 	{"d", "first disk removed; it comes back stale", "initramfs-tools", removed},
 	{"e", "first disk with 4096-byte sectors, second with FAT16", "initramfs-tools", otherLayouts},
 	{"f", "second disk absent, or late", "initramfs-tools", absent},
+	{"f-systemd", "second disk plugged into the running system", "dracut", plugged},
 	{"share", "the share of a boot where nothing changed", "initramfs-tools", share},
 	{"control", "as a, with espmirror=no on the kernel's command line", "initramfs-tools", control},
 }
@@ -116,12 +118,15 @@ func hash(s *scene, d *disk) [32]byte {
 	return [32]byte(h.Sum(nil))
 }
 
+// settled waits until systemd has started all that it starts.
+const settled = "systemctl is-system-running --wait >/dev/null\n"
+
 // wholeSystem boots to the end: systemd mounts the primary with Linux's vfat, and a kernel is installed while it is.
 func wholeSystem(s *scene) {
 	a := s.disk("alpha", diskOptions{}, s.version("v1", "initrd", systemd))
 	b := s.disk("bravo", diskOptions{}, nil)
 	s.join(a, b)
-	boot := s.boot(start{disks: []*disk{a, b}, script: `
+	boot := s.boot(start{disks: []*disk{a, b}, script: settled + `
 section failed systemctl --failed --no-legend --plain
 section units systemctl list-units --all --no-legend --plain 'espmirror*'
 section results systemctl show --property=Id,Result,ActiveState,ConditionResult 'espmirror*'
@@ -226,6 +231,11 @@ func powerCuts(s *scene) {
 		if boot.says("recovered 1") {
 			tally["with something to recover"]++
 		}
+		for _, line := range boot.said() {
+			if m := decision.FindStringSubmatch(line); m != nil {
+				tally["recovery: "+m[1]]++
+			}
+		}
 		s.same(a, b)
 		_, isNew := s.files(a)[machineID+"/v2/payload"]
 		s.need(isNew, "after all, the first disk has the old kernel")
@@ -237,6 +247,9 @@ func powerCuts(s *scene) {
 	s.need(tally["rolled back"] > 0 && tally["with something to recover"] > 0, "no cut hit the sync: %v", tally)
 	s.prove(true, "recovery in the initramfs, then the older disk is refused as a source, and the command of the hint brings both into sync")
 }
+
+// decision is in what recovery says of a transaction that a cut left unfinished.
+var decision = regexp.MustCompile(`decision="?([a-z ]+)[")]`)
 
 // written is how much of the disk's file is no hole; it grows as the machine writes to free space.
 func written(s *scene, d *disk) int64 {
@@ -339,6 +352,44 @@ section sync espmirror sync
 		late.version(), late.parts["wait"].code, late.parts["wait"].text, late.parts["sync"].code, late.parts["sync"].text)
 	s.same(a, b)
 	s.prove(true, "so is one for which the running system waits")
+}
+
+// plugged plugs the second disk into a system that has started without it: udev has to see to it.
+func plugged(s *scene) {
+	a := s.disk("alpha", diskOptions{}, s.version("v1", "initrd", systemd))
+	b := s.disk("bravo", diskOptions{}, nil)
+	s.join(a, b)
+	s.update(a, "v1", "v2", systemd)
+	r := s.start(start{disks: []*disk{a}, unplugged: []*disk{b}, script: settled + `
+section failed systemctl --failed --no-legend --plain
+run=$(systemctl show --property=InvocationID --value espmirror-sync.service)
+echo "guest: ready for the disk" >/dev/kmsg
+i=0
+while [ $i -lt 60 ]; do
+	i=$((i + 1))
+	sleep 2
+	state=$(systemctl show --property=ActiveState --value espmirror-sync.service)
+	now=$(systemctl show --property=InvocationID --value espmirror-sync.service)
+	[ "$now" = "$run" ] || [ "$state" = activating ] || break
+done
+section plugged systemctl show --property=Id,Result,ActiveState,ExecMainStatus espmirror-late.service espmirror-sync.service
+section udev udevadm info --query=property /dev/vdc1
+section journal journalctl --boot --no-pager --lines=40
+section status espmirror status
+sync
+umount /efi 2>/dev/null
+`})
+	s.must(r.WaitFor("guest: ready for the disk"))
+	s.must(r.Plug(len(r.Drives) - 1))
+	boot := s.wait(r)
+	s.need(boot.version() == "v2", "%q was booted", boot.version())
+	s.need(boot.parts["status"].code == 0, "status after the disk was plugged in: exit status %d: %s; %s; %s", boot.parts["status"].code,
+		boot.parts["status"].text, boot.parts["plugged"].text, boot.parts["journal"].text)
+	s.same(a, b)
+	s.prove(true, "a disk that is plugged in is brought up to date by udev's rule and the service, with no command")
+	if failed := strings.TrimSpace(boot.parts["failed"].text); failed != "" {
+		s.note("failed while the disk was away: %s", failed)
+	}
 }
 
 // Limits of what the initramfs adds.
