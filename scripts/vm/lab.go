@@ -11,6 +11,7 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -26,8 +27,10 @@ type lab struct {
 	dir      string // of disks and logs; its path is short, for sockets
 	repo     string
 	bin, deb string // the program and its package
-	guests   map[string]*guest
-	cuts     int // how often the power is cut
+	cuts     int    // how often the power is cut
+
+	mu     sync.Mutex // a guest is made once
+	guests map[string]*guest
 }
 
 // guest is a system to boot, as scripts/vm-tree.sh makes it.
@@ -39,6 +42,8 @@ type guest struct {
 
 // guest makes the guest of that kind, or takes the one that was made last.
 func (l *lab) guest(ctx context.Context, kind string) (*guest, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
 	if g := l.guests[kind]; g != nil {
 		return g, nil
 	}

@@ -14,8 +14,10 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
+	"sync"
 )
 
 func main() {
@@ -34,6 +36,7 @@ func run(ctx context.Context, stdout, stderr io.Writer, args []string) error {
 	bin := f.String("bin", "out/espmirror", "the program")
 	deb := f.String("deb", "", "the package of the same program")
 	cuts := f.Int("cuts", 10, "how often the power is cut, two at least")
+	jobs := f.Int("jobs", runtime.NumCPU(), "how many scenarios are played at a time")
 	doc := f.String("doc", "", "also write the table to this file, when all scenarios were played")
 	if err := f.Parse(args); err != nil {
 		return err
@@ -59,18 +62,30 @@ func run(ctx context.Context, stdout, stderr io.Writer, args []string) error {
 			chosen = append(chosen, scenarios[i])
 		}
 	}
-	var done []outcome
+	// A machine uses one processor of the host.
+	done := make([]outcome, len(chosen))
+	turns := make(chan struct{}, max(*jobs, 1))
+	var wg sync.WaitGroup
+	for i, sc := range chosen {
+		wg.Go(func() {
+			turns <- struct{}{}
+			defer func() { <-turns }()
+			if ctx.Err() != nil {
+				return
+			}
+			done[i] = l.play(ctx, sc, logf)
+			fmt.Fprintf(stderr, "%s: %s in %.0f s\n", sc.name, done[i].result(), done[i].wall.Seconds())
+		})
+	}
+	wg.Wait()
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
 	var errs []error
-	for _, sc := range chosen {
-		o := l.play(ctx, sc, logf)
-		fmt.Fprintf(stderr, "%s: %s in %.0f s\n", o.name, o.result(), o.wall.Seconds())
-		if ctx.Err() != nil {
-			return ctx.Err()
-		}
-		if o.err != nil {
+	for i := range done {
+		if o := &done[i]; o.err != nil {
 			errs = append(errs, fmt.Errorf("scenario %s: %w", o.name, o.err))
 		}
-		done = append(done, o)
 	}
 	text := l.table(ctx, done)
 	fmt.Fprint(stdout, text)
