@@ -55,7 +55,7 @@ if [ "$(cat "$base.key" 2>/dev/null)" != "$key" ]; then
 	rm -rf "$base" "$base.key"
 	# Documentation would only make the image larger. Weaker compression of the initial RAM disk: it is made anew often.
 	# shellcheck disable=SC2016 # for the shell of the hook
-	timeout 900 mmdebstrap --quiet --mode=root --variant=minbase --include="$packages" \
+	timeout 300 mmdebstrap --quiet --mode=root --variant=minbase --include="$packages" \
 		--aptopt='Acquire::Check-Valid-Until "false"' --aptopt='Acquire::Retries "2"' \
 		--dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/man/*' \
 		--dpkgopt='path-exclude=/usr/share/locale/*' \
