@@ -15,7 +15,7 @@ TAGS = urfave_cli_no_docs
 GOBUILD = CGO_ENABLED=0 $(GO) build -trimpath -tags $(TAGS)
 BIN = out/espmirror
 
-.PHONY: all build demo test test-short lint fuzz bench crash kill-test judges vm install uninstall packages clean help
+.PHONY: all build demo test test-short lint fuzz bench crash kill-test judges vm install uninstall packages packages-test clean help
 all: build
 
 build: ## build the one static binary, out/espmirror
@@ -76,6 +76,9 @@ uninstall: ## take away what install put there
 
 packages: build ## .deb, .rpm and Arch packages in out/packages, the same bytes for the same commit; needs the Go module proxy
 	@GO='$(GO)' scripts/packages/build
+
+packages-test: ## builds the packages twice, differently, and installs and removes them in a fake root; needs root for that
+	@ESPMIRROR_PACKAGES=1 $(GO) test -count=1 -v -run '^TestPackage' ./scripts/dist
 
 clean: ## remove what was built
 	rm -rf out
