@@ -174,12 +174,11 @@ umount /efi 2>/dev/null
 // powerCuts kills the machine at random moments of a sync and boots from the disk that it wrote to.
 func powerCuts(s *scene) {
 	rng := rand.New(rand.NewPCG(rand.Uint64(), 0))
-	const limit = small + " espmirror.limit=5min"
 	tally := map[string]int{}
-	a0 := s.disk("alpha", diskOptions{}, s.version("v1", "initrd", limit))
+	a0 := s.disk("alpha", diskOptions{}, s.version("v1", "initrd", small))
 	b0 := s.disk("bravo", diskOptions{}, nil)
 	s.join(a0, b0)
-	s.update(a0, "v1", "v2", limit)
+	s.update(a0, "v1", "v2", small)
 	kept := map[*disk]string{}
 	for _, d := range []*disk{a0, b0} {
 		kept[d] = d.path + ".kept"
@@ -328,7 +327,7 @@ func absent(s *scene) {
 	s.need(took >= budget*0.9 && took <= budget+slack, "espmirror took %.3f s without the second disk", took)
 	s.need(alone.parts["status"].code == 3, "status: exit status %d: %s", alone.parts["status"].code, alone.parts["status"].text)
 
-	s.update(a, "v1", "v2", small+" espmirror.timeout=60s espmirror.limit=5min")
+	s.update(a, "v1", "v2", small+" espmirror.timeout=60s")
 	r := s.start(start{disks: []*disk{a}, unplugged: []*disk{b}, script: show})
 	s.must(r.WaitFor("Mounting root file system"))
 	time.Sleep(2 * time.Second)
