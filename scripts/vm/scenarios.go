@@ -41,7 +41,7 @@ section status espmirror status
 // followHint runs sync and then the command of its hint that overwrites nothing that is newer, as an administrator would.
 const followHint = `
 section sync espmirror sync
-espmirror sync 2>&1 | tr '` + "`" + `' '\n' | grep '^espmirror sync --primary' | head -n 1 >/run/hint
+tr '` + "`" + `' '\n' </run/section | grep '^espmirror sync --primary' | head -n 1 >/run/hint
 section hint cat /run/hint
 section follow sh /run/hint
 section status espmirror status
