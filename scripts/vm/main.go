@@ -74,7 +74,11 @@ func run(ctx context.Context, stdout, stderr io.Writer, args []string) error {
 				return
 			}
 			done[i] = l.play(ctx, sc, logf)
-			fmt.Fprintf(stderr, "%s: %s in %.0f s\n", sc.name, done[i].result(), done[i].wall.Seconds())
+			why := ""
+			if err := done[i].err; err != nil {
+				why, _, _ = strings.Cut(": "+err.Error(), "\n")
+			}
+			fmt.Fprintf(stderr, "%s: %s in %.0f s%s\n", sc.name, done[i].result(), done[i].wall.Seconds(), why)
 		})
 	}
 	wg.Wait()
