@@ -344,8 +344,8 @@ const scriptSize = 1 << 20
 
 // The machine's limits.
 const (
-	bootTimeout = 8 * time.Minute
-	bootQuiet   = 4 * time.Minute
+	bootTimeout = 15 * time.Minute
+	bootQuiet   = 5 * time.Minute
 	bootMemory  = 640
 )
 
