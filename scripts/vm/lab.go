@@ -494,7 +494,7 @@ func (b *boot) says(text string) bool {
 
 var (
 	logLine   = regexp.MustCompile(`^\[ *([0-9]+\.[0-9]+)\] `)
-	earlyLine = regexp.MustCompile(`espmirror: (?:[a-z]+: )?early: .*; ([0-9.]+) s, [0-9.]+ s of it waiting`)
+	earlyLine = regexp.MustCompile(`espmirror: (?:[a-z]+: )?early: .*; ([0-9.]+) s, ([0-9.]+) s of it waiting`)
 )
 
 // early is how many seconds the run in the initramfs took, as it says itself.
@@ -506,6 +506,18 @@ func (b *boot) early() (float64, bool) {
 		}
 	}
 	return 0, false
+}
+
+// waited is how many of them it waited for disks, -1 if it says nothing.
+func (b *boot) waited() float64 {
+	for _, line := range b.said() {
+		if m := earlyLine.FindStringSubmatch(line); m != nil {
+			if t, err := strconv.ParseFloat(m[2], 64); err == nil {
+				return t
+			}
+		}
+	}
+	return -1
 }
 
 // ended is the kernel's clock when that run ended, -1 if it did not.
