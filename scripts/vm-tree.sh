@@ -14,7 +14,9 @@ kind=$1
 deb=$2
 dir=out/judges/vm/$kind
 base=$dir.base
-mirror=${ESPMIRROR_VM_MIRROR:-http://deb.debian.org/debian}
+# That of this machine, which has the other releases too; none is mmdebstrap's own choice.
+# shellcheck disable=SC2016 # for apt
+mirror=${ESPMIRROR_VM_MIRROR:-$(apt-get indextargets --format '$(REPO_URI)' 2>/dev/null | grep -v security | head -n 1)}
 
 packages=linux-image-cloud-amd64,systemd-sysv,udev,kmod,zstd,systemd-boot
 case $kind in
@@ -60,10 +62,10 @@ if [ "$(cat "$base.key" 2>/dev/null)" != "$key" ]; then
 		--dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/man/*' \
 		--dpkgopt='path-exclude=/usr/share/locale/*' \
 		--essential-hook='mkdir -p "$1/etc/initramfs-tools/conf.d" && echo COMPRESSLEVEL=1 >"$1/etc/initramfs-tools/conf.d/vm"' \
-		"$suite" "$base" "$mirror" >"$base.log" 2>&1 || {
+		"$suite" "$base" ${mirror:+"$mirror"} >"$base.log" 2>&1 || {
 		tail -n 5 "$base.log" >&2
 		rm -rf "$base"
-		missing "mmdebstrap could not make Debian $suite from $mirror"
+		missing "mmdebstrap could not make Debian $suite${mirror:+ from $mirror}"
 	}
 	echo "$key" >"$base.key"
 fi
