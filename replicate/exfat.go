@@ -1,3 +1,5 @@
+//go:build !initrd
+
 package replicate
 
 import (
@@ -67,26 +69,4 @@ func (s *exfatSource) Open(it *Item) (io.ReadCloser, error) {
 		return nil, err
 	}
 	return volumeFile{r}, nil
-}
-
-// fits says why FAT cannot hold an item, for its size or its name.
-func fits(it *Item) error {
-	if !it.Dir && it.Size > 1<<32-1 {
-		return fmt.Errorf("cannot replicate %s: it has %d bytes, FAT holds at most %d", it.Path, it.Size, int64(1<<32-1))
-	}
-	if err := fatdriver.CheckName(it.Name); err != nil {
-		return fmt.Errorf("cannot replicate %s: %w", it.Path, err)
-	}
-	return nil
-}
-
-// apart is the item's error or, where FAT takes its name for one that was seen in its directory, that.
-func apart(seen map[string]string, it *Item) error {
-	k := fatdriver.Fold(it.Name)
-	other, ok := seen[k]
-	seen[k] = it.Path
-	if ok && it.Err == nil {
-		return fmt.Errorf("cannot replicate %s: FAT takes its name for that of %s", it.Path, other)
-	}
-	return it.Err
 }

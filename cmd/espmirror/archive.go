@@ -1,3 +1,5 @@
+//go:build !initrd
+
 package main
 
 import (
@@ -180,3 +182,6 @@ func writeFile(name string, overwrite bool, write func(io.Writer) error) error {
 	}
 	return nil
 }
+
+// archiveErrors are those for which the source is refused.
+var archiveErrors = []error{archive.ErrDamaged, archive.ErrTooLarge}

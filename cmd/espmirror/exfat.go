@@ -1,10 +1,11 @@
+//go:build !initrd
+
 package main
 
 import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 
 	"espmirror/blockdev"
 	"espmirror/fatdriver"
@@ -12,6 +13,17 @@ import (
 	"espmirror/gpt"
 	"espmirror/replicate"
 )
+
+// exfatVolume is one that can be read.
+type exfatVolume = exfat.Volume
+
+// exfatAttr are the attributes of an entry, whose bits are those of FAT; 0 for anything else.
+func exfatAttr(sys any) byte {
+	if n, ok := sys.(*exfat.Node); ok {
+		return byte(n.Attr)
+	}
+	return 0
+}
 
 // openReadable opens a volume for a command that only looks, which an exFAT volume serves too: fat or exfat is set.
 func (inv *invocation) openReadable(verb, name string, among ...string) (*volume, error) {
@@ -54,12 +66,6 @@ func openExFAT(name string, loc *gpt.Location) (*volume, error) {
 		return nil, nil
 	}
 	return nil, errors.Join(err, perr)
-}
-
-// scanned is the tree of a volume, of either kind.
-type scanned interface {
-	Damage() error
-	FS() fs.FS
 }
 
 func (v *volume) tree() (scanned, error) {

@@ -10,7 +10,6 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"espmirror/fatdriver"
-	"espmirror/fatdriver/exfat"
 )
 
 func (inv *invocation) lsCommand() *cli.Command {
@@ -193,13 +192,10 @@ func (r *lsReport) add(p, dir string, info fs.FileInfo) {
 	if t := info.ModTime(); !t.IsZero() {
 		e.Modified = t.Format("2006-01-02T15:04:05")
 	}
-	switch n := info.Sys().(type) {
-	case *fatdriver.Node:
-		if n.Entry != nil {
-			e.bits = n.Entry.Attr()
-		}
-	case *exfat.Node:
-		e.bits = byte(n.Attr) // the same bits
+	if n, ok := info.Sys().(*fatdriver.Node); !ok {
+		e.bits = exfatAttr(info.Sys())
+	} else if n.Entry != nil {
+		e.bits = n.Entry.Attr()
 	}
 	for _, a := range attrNames {
 		if e.bits&a.bit != 0 {

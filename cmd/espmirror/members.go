@@ -19,7 +19,6 @@ import (
 	"espmirror/fatdriver"
 	"espmirror/gpt"
 	"espmirror/replicate"
-	"espmirror/replicate/archive"
 )
 
 // lockWait is how long a run waits for the locks on whole disks, which udev and partitioners hold only for moments.
@@ -833,7 +832,7 @@ func (m *members) options(o replicate.Options) replicate.Options {
 
 // refuseContent turns "this is no FAT volume that can be written" into a guard's answer.
 func refuseContent(err error) error {
-	for _, e := range []error{fatdriver.ErrNotFAT, fatdriver.ErrDamaged, gpt.ErrDamaged, gpt.ErrChanged, archive.ErrDamaged, archive.ErrTooLarge} {
+	for _, e := range slices.Concat(archiveErrors, []error{fatdriver.ErrNotFAT, fatdriver.ErrDamaged, gpt.ErrDamaged, gpt.ErrChanged}) {
 		if errors.Is(err, e) {
 			return refusal{err}
 		}

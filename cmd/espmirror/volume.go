@@ -8,7 +8,6 @@ import (
 
 	"espmirror/blockdev"
 	"espmirror/fatdriver"
-	"espmirror/fatdriver/exfat"
 	"espmirror/gpt"
 	"espmirror/replicate"
 )
@@ -19,7 +18,7 @@ type volume struct {
 	loc   *gpt.Location
 	open  *gpt.Volume
 	fat   *fatdriver.Volume
-	exfat *exfat.Volume // in place of fat, for commands that ask for openReadable
+	exfat *exfatVolume // in place of fat, for commands that ask for openReadable
 }
 
 func (v *volume) Close() error { return v.open.Close() }
@@ -202,4 +201,10 @@ func checkMD(dev blockdev.Device) error {
 		return err
 	}
 	return withHint(refusef("it is a member of an md array"), "assemble the array, and let md keep its members alike")
+}
+
+// scanned is the tree of a volume of any kind.
+type scanned interface {
+	Damage() error
+	FS() fs.FS
 }

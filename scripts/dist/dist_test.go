@@ -120,7 +120,7 @@ func installed(t *testing.T) string {
 		}
 		cmd := exec.Command("scripts/packages/install", "install")
 		cmd.Dir = "../.."
-		cmd.Env = append(os.Environ(), "BINARY="+binary, "DESTDIR="+installedDir+"/root", "PREFIX="+token+"/usr")
+		cmd.Env = append(os.Environ(), "BINARY="+binary, "INITRDBINARY="+binary, "DESTDIR="+installedDir+"/root", "PREFIX="+token+"/usr")
 		if out, err := cmd.CombinedOutput(); err != nil {
 			t.Fatalf("cannot install: %v\n%s", err, out)
 		}
@@ -553,7 +553,7 @@ func TestInstall(t *testing.T) {
 		t.Helper()
 		cmd := exec.Command("sh", "-c", "umask 077; exec scripts/packages/install "+what)
 		cmd.Dir = "../.."
-		cmd.Env = append(os.Environ(), append(vars, "DESTDIR="+dir+"/root", "BINARY="+binary)...)
+		cmd.Env = append(os.Environ(), append(vars, "DESTDIR="+dir+"/root", "BINARY="+binary, "INITRDBINARY="+binary)...)
 		if out, err := cmd.CombinedOutput(); err != nil {
 			t.Fatalf("%v\n%s", err, out)
 		}
@@ -588,7 +588,7 @@ func TestInstall(t *testing.T) {
 		case mode.Perm() != 0o755 && mode.Perm() != 0o644:
 			t.Errorf("%s has mode %v", f, mode)
 		}
-		if f == "/usr/sbin/espmirror" {
+		if f == "/usr/sbin/espmirror" || f == "/usr/lib/espmirror/espmirror-initrd" {
 			if string(data) != "\x7fELF @SBINDIR@" {
 				t.Errorf("the binary was changed: %q", data)
 			}

@@ -248,7 +248,7 @@ func TestInitramfsTools(t *testing.T) {
 		m.run(soon, nil, append(shell, boot)...)
 
 		// The hook, with functions that note what they are called for.
-		m.write("functions", "copy_exec() { echo \"copy $1\" >>\"$FAKE_LOG\"; return ${FAKE_COPY:-0}; }\nmanual_add_modules() { echo \"module $*\" >>\"$FAKE_LOG\"; return 1; }\nsys_walk_mod_add() { echo \"walk $1\" >>\"$FAKE_LOG\"; return 1; }\n", 0o644)
+		m.write("functions", "copy_exec() { echo \"copy $1 $2\" >>\"$FAKE_LOG\"; return ${FAKE_COPY:-0}; }\nmanual_add_modules() { echo \"module $*\" >>\"$FAKE_LOG\"; return 1; }\nsys_walk_mod_add() { echo \"walk $1\" >>\"$FAKE_LOG\"; return 1; }\n", 0o644)
 		m.write("hook", strings.ReplaceAll(strings.ReplaceAll(m.read(hook), "/usr/share/initramfs-tools/hook-functions", m.path("functions")), "/sys/class", m.path("sys/class")), 0o755)
 		for _, p := range []string{"sda/sda1", "sda/sda2", "virtual/block/dm-0/dm-0p1"} {
 			m.mkdir("sys/devices/" + p)
@@ -263,7 +263,7 @@ func TestInitramfsTools(t *testing.T) {
 		if got := m.calls("module"); len(got) != 1 || got[0] != "efivarfs" {
 			t.Errorf("modules %q: nobody knows what was booted", got)
 		}
-		if got := m.calls("copy"); len(got) != 2 || got[0] != m.path(token+"/usr/sbin/espmirror") || got[1] != m.lib("initrd-run") || m.calls("walk") != nil {
+		if got := m.calls("copy"); len(got) != 2 || got[0] != m.lib("espmirror-initrd")+" "+m.path(token+"/usr/sbin/espmirror") || got[1] != m.lib("initrd-run")+" "+m.lib("initrd-run") || m.calls("walk") != nil {
 			t.Errorf("copies %q, walks %q", got, m.calls("walk"))
 		}
 		withErrexit("MODULES=dep")
@@ -274,7 +274,7 @@ func TestInitramfsTools(t *testing.T) {
 		if out := withErrexit("FAKE_COPY=2"); !strings.HasPrefix(out, "W: espmirror: ") {
 			t.Errorf("cannot copy: says %q", out)
 		}
-		m.remove(token + "/usr/sbin/espmirror")
+		m.remove(token + "/usr/lib/espmirror/espmirror-initrd")
 		if out := withErrexit("FAKE_COPY=2"); out != "" {
 			t.Errorf("without the program: says %q", out)
 		}
@@ -343,7 +343,7 @@ check && depends && installkernel && install && echo included
 		if got := m.calls("module"); len(got) != 1 || got[0] != "efivarfs" {
 			t.Errorf("modules %q: nobody knows what was booted", got)
 		}
-		if len(simple) == 0 || simple[0] != m.path(token+"/usr/sbin/espmirror") {
+		if len(simple) == 0 || simple[0] != m.lib("espmirror-initrd")+" "+m.path(token+"/usr/sbin/espmirror") {
 			t.Errorf("with %s: does not install the program: %q", with, simple)
 		}
 		wants := m.path("initrd/usr/lib/systemd/system/initrd.target.wants/espmirror-initrd.service")
@@ -365,7 +365,7 @@ check && depends && installkernel && install && echo included
 			}
 		}
 	}
-	m.remove(token + "/usr/sbin/espmirror")
+	m.remove(token + "/usr/lib/espmirror/espmirror-initrd")
 	if out, status, _ := m.try(nil, "bash", m.path("dracut"), module, m.path("initrd"), "base"); status == 0 || out != "" {
 		t.Errorf("without the program: status %d, says %q", status, out)
 	}
@@ -394,7 +394,7 @@ done
 `, 0o755)
 	m.run(soon, nil, "bash", m.path("mkinitcpio"), m.path("usr/lib/initcpio/install/espmirror"), m.path("etc/mkinitcpio.conf.d/espmirror.conf"))
 	units := "/usr/lib/systemd/system/"
-	want := "binary " + m.path(token+"/usr/sbin/espmirror") + "\nfile " + m.lib("initrd-run") + " " + m.lib("initrd-run") + " 755\nrunscript\n" +
+	want := "binary " + m.lib("espmirror-initrd") + " " + m.path(token+"/usr/sbin/espmirror") + "\nfile " + m.lib("initrd-run") + " " + m.lib("initrd-run") + " 755\nrunscript\n" +
 		"file " + m.path(token+units) + "/espmirror-initrd.service " + units + "espmirror-initrd.service\n" +
 		"symlink " + units + "initrd.target.wants/espmirror-initrd.service " + units + "espmirror-initrd.service\n" +
 		"hooks base udev espmirror\nhooks espmirror base\n"

@@ -4,7 +4,7 @@
 # Whether this machine boots through EFI is not asked: images are built in chroots and on other machines, and in the
 # initrd the program finds out by itself.
 check() {
-	require_binaries @SBINDIR@/espmirror || return 1
+	require_binaries @LIBDIR@/espmirror-initrd || return 1
 	return 0
 }
 
@@ -20,7 +20,7 @@ installkernel() {
 }
 
 install() {
-	inst_simple @SBINDIR@/espmirror
+	inst_simple @LIBDIR@/espmirror-initrd @SBINDIR@/espmirror
 	# shellcheck disable=SC2154 # dracut sets moddir, initdir, systemdsystemunitdir and SYSTEMCTL
 	if dracut_module_included systemd; then
 		# The unit is right in every initrd with systemd, whether dracut's own hooks run in it (dracut-systemd) or not.

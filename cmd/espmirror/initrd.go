@@ -1,0 +1,50 @@
+//go:build initrd
+
+package main
+
+import (
+	"errors"
+
+	"espmirror/gpt"
+	"espmirror/replicate"
+)
+
+// The program for an initramfs leaves out the sources that are not there at boot, because of their size: archives, and exFAT
+// volumes. It takes no file for one of them, so that what is named is refused as what it is not.
+
+var errNotInInitrd = errors.New("the program for an initramfs reads neither archives nor exFAT")
+
+var archiveErrors []error
+
+func isArchive(string) bool { return false }
+
+func (inv *invocation) openArchive(string) (replicate.Source, error) { return nil, errNotInInitrd }
+
+func notATarget(verb, name string) error {
+	if isDir(name) {
+		return refusef("cannot %s %s: it is a directory, and a target is a device or an image", verb, name)
+	}
+	return nil
+}
+
+var archiveFormats map[string]func()
+
+func (inv *invocation) extractArchive(format, _, _ string, _ []string) (report, error) {
+	return nil, usagef("--format=%s: %v", format, errNotInInitrd)
+}
+
+type exfatVolume struct{}
+
+func exfatAttr(any) byte { return 0 }
+
+func (inv *invocation) openReadable(verb, name string, among ...string) (*volume, error) {
+	return inv.openVolume(verb, name, among...)
+}
+
+func (v *volume) tree() (scanned, error) { return v.fat.Scan() }
+
+func (m *members) exfatSource() (replicate.Source, error) { return nil, nil }
+
+func targetHint(err error, _ *gpt.Location) error { return err }
+
+func (c *checkedVolume) checkExFAT(*volume) error { return errNotInInitrd }
