@@ -97,9 +97,7 @@ func (s *scene) beforeMounts(b *boot) {
 	done, root := b.ended(), b.moment("EXT4-fs (")
 	s.need(done > 0, "the kernel's log has no closing line of espmirror")
 	s.need(root > 0, "the kernel's log does not say when the root filesystem was mounted")
-	if done < root {
-		s.prove(true, "it ends before the first filesystem is mounted")
-	}
+	s.prove(done < root, "it ends before the first filesystem is mounted")
 	up := b.uptime()
 	s.need(up > 0, "the guest does not say when init began")
 	s.prove(done <= up, "it ends in the initramfs")
