@@ -452,9 +452,9 @@ func TestSyncBySet(t *testing.T) {
 	r.pull("sda")
 	r.pull("sdb")
 	start = time.Now()
-	time.AfterFunc(700*time.Millisecond, func() { r.plug("sda") })
-	r.do("sync", "--timeout=2s").want(exitPartial).has("waiting for PARTUUID="+guidOf(1), "waiting for PARTUUID="+guidOf(2))
-	if took := time.Since(start); took > 2600*time.Millisecond {
+	time.AfterFunc(4*time.Second, func() { r.plug("sda") })
+	r.do("sync", "--timeout=5s").want(exitPartial).has("waiting for PARTUUID="+guidOf(1), "waiting for PARTUUID="+guidOf(2))
+	if took := time.Since(start); took > 7500*time.Millisecond { // 9 s for one wait after the other
 		t.Errorf("it waited for %v in all", took)
 	}
 	r.plug("sdb")
