@@ -88,6 +88,8 @@ type Table struct {
 	Partitions []Partition
 	FromBackup bool     // the primary table is damaged, and this is the backup
 	Problems   []string // what is wrong with it, in words; nothing that makes Partitions unusable
+
+	first, end int64 // the usable part of the disk in bytes; 0 in an MBR
 }
 
 // Find returns the partition with the given number, nil when there is none.
