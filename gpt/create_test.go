@@ -156,7 +156,7 @@ func TestCreateCut(t *testing.T) {
 func madeDisk(t *testing.T, sector int) []byte {
 	t.Helper()
 	mem := blockdev.NewMem(make([]byte, 8<<20), sector)
-	if err := Create(mem, DeriveGUID("t", "disk"), layoutOf(8<<20)[:1]); err != nil {
+	if err := Create(mem, DeriveGUID("t", "disk"), layoutOf(8 << 20)[:1]); err != nil {
 		t.Fatal(err)
 	}
 	return mem.Bytes()
