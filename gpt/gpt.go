@@ -40,6 +40,9 @@ var (
 	ErrBackupOnly = errors.New("it stands alone: neither a protective MBR nor a primary header is left")
 )
 
+// GUID is a GUID as tables hold it.
+type GUID = uuid.UUID
+
 // Partition is one entry of a partition table. Its bounds are inside the disk.
 type Partition struct {
 	Number     int       // 1-based

@@ -128,6 +128,7 @@ type invocation struct {
 	err                  error
 	metrics              bool      // status --metrics
 	changed              []string  // members that this command has put into the set or taken out
+	random               io.Reader // where identities of transactions come from; nil: the system
 	bar                  *progress // nil until there is one
 }
 
@@ -221,7 +222,7 @@ func earlyJSON(args []string) string {
 func (inv *invocation) cli() *cli.App {
 	commands := []*cli.Command{
 		inv.listCommand(), inv.statusCommand(), inv.syncCommand(), inv.verifyCommand(), inv.recoverCommand(),
-		inv.addCommand(), inv.removeCommand(), inv.waitCommand(), inv.earlyCommand(), inv.randomSeedCommand(),
+		inv.initCommand(), inv.addCommand(), inv.removeCommand(), inv.waitCommand(), inv.earlyCommand(), inv.randomSeedCommand(),
 		inv.checkCommand(), inv.lsCommand(), inv.catCommand(), inv.extractCommand(),
 	}
 	for _, c := range commands {
@@ -514,6 +515,7 @@ ENVIRONMENT:
    SYSTEMD_ESP_PATH          the primary when --primary is not given
    SYSTEMD_RELAX_ESP_CHECKS  1 takes a partition of any type for an ESP
    SYSTEMD_LOG_LEVEL         how much is logged when neither -q nor -v is given
+   SOURCE_DATE_EPOCH         the time that new files, entries and states get
    NO_COLOR                  not empty: no colours
 
 ` + exitHelp
