@@ -1,72 +1,37 @@
 package replicate
 
 import (
-	"bytes"
-	"io"
-	"path"
-	"slices"
 	"time"
 
 	"espmirror/fatdriver"
 	"espmirror/gpt"
 )
 
-// adapted is a source with some files of its own, and with times that are no later than a given one.
+// adapted is a source with other times.
 type adapted struct {
 	Source
-	root    *Item
-	content map[*Item][]byte
+	root *Item
 }
 
-// Adapt returns src as it is to be seen by a volume that is being made: with these files in the place of its own, or
-// added, and with no time later than latest (the zero time leaves them as they are), all in UTC: the times of a build
-// must not be those of the machine that it ran on. The entries of a FAT volume are bytes of the source, and stay.
-func Adapt(src Source, latest time.Time, files ...File) (Source, error) {
-	files, err := cleanFiles(files)
-	if err != nil {
-		return nil, err
+// Adapt returns src with no time later than latest, and all in UTC: the times of a build must not be those of the machine
+// that it ran on. The zero time leaves them as they are, and so do the entries of a FAT volume, whose bytes are the same
+// wherever they are read.
+func Adapt(src Source, latest time.Time) Source {
+	if latest.IsZero() {
+		return src
 	}
-	a := &adapted{Source: src, content: map[*Item][]byte{}}
-	a.root = clamped(src.Root(), latest)
-	for _, f := range files {
-		at := a.root
-		parts := fatdriver.SplitPath(f.Path)
-		for i, part := range parts {
-			k := slices.IndexFunc(at.Children, func(c *Item) bool { return fatdriver.Fold(c.Name) == fatdriver.Fold(part) })
-			last := i+1 == len(parts)
-			if k >= 0 && !last && at.Children[k].Dir {
-				at = at.Children[k]
-				continue
-			}
-			it := &Item{Name: part, Path: path.Join(at.Path, part), Dir: !last, Meta: f.Meta}
-			if !last {
-				it.Meta = fatdriver.Meta{Created: f.Meta.Created, Modified: f.Meta.Modified, Accessed: f.Meta.Accessed}
-			}
-			if k >= 0 {
-				it.Name, it.Path = at.Children[k].Name, at.Children[k].Path
-				at.Children[k] = it
-			} else {
-				at.Children = append(at.Children, it)
-			}
-			at = it
-		}
-		at.Size = int64(len(f.Content))
-		a.content[at] = f.Content
-	}
-	return a, nil
+	return &adapted{src, clamped(src.Root(), latest)}
 }
 
 // clamped copies a tree.
 func clamped(it *Item, latest time.Time) *Item {
 	c := *it
-	if !latest.IsZero() {
-		for _, t := range []*time.Time{&c.Meta.Created, &c.Meta.Modified, &c.Meta.Accessed} {
-			if t.IsZero() {
-				continue
-			}
-			if *t = t.UTC(); t.After(latest) {
-				*t = latest.UTC()
-			}
+	for _, t := range []*time.Time{&c.Meta.Created, &c.Meta.Modified, &c.Meta.Accessed} {
+		if t.IsZero() {
+			continue
+		}
+		if *t = t.UTC(); t.After(latest) {
+			*t = latest.UTC()
 		}
 	}
 	c.Children = make([]*Item, len(it.Children))
@@ -77,13 +42,6 @@ func clamped(it *Item, latest time.Time) *Item {
 }
 
 func (a *adapted) Root() *Item { return a.root }
-
-func (a *adapted) Open(it *Item) (io.ReadCloser, error) {
-	if b, ok := a.content[it]; ok {
-		return io.NopCloser(bytes.NewReader(b)), nil
-	}
-	return a.Source.Open(it)
-}
 
 // Bytes returns how many bytes of files are selected on the source, each rounded up to clusters of the given size, and a
 // cluster for each directory: what a volume has to hold, but for its journal.
@@ -128,9 +86,11 @@ func (r *run) nextState(base *State, d Digest) (*State, error) {
 
 // Made says what is known of a volume that an earlier run of init may have left behind.
 type Made struct {
-	Journal bool // it has been written by a run
-	Member  bool // it remembers a generation
-	Set     *Set // the replica set file that it holds; nil when it has none
+	Label   string // of the volume
+	Empty   bool   // it holds no file and no directory
+	Journal bool   // it has been written by a run
+	Member  bool   // it remembers a generation
+	Set     *Set   // the replica set file that it holds; nil when it has none
 }
 
 // Inspect looks at a volume for what runs have left on it. The volume's tree must be sound: it returns ErrSource.
@@ -139,7 +99,10 @@ func Inspect(name string, v *fatdriver.Volume) (*Made, error) {
 	if err != nil {
 		return nil, err
 	}
-	m := &Made{Journal: src.Root().lookup(journalPath) != nil, Member: src.Root().lookup(StatePath) != nil}
+	m := &Made{Empty: len(src.Root().Children) == 0, Journal: src.Root().lookup(journalPath) != nil, Member: src.Root().lookup(StatePath) != nil}
+	if v, ok := src.(*volumeSource); ok {
+		m.Label = v.tree.Label
+	}
 	if m.Set, err = ReadSet(src); err != nil {
 		return nil, err
 	}

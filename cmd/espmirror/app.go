@@ -34,6 +34,7 @@ type app struct {
 	// terminalWidth gives the columns of a terminal, 0 for anything else.
 	terminalWidth func(io.Writer) int
 	worker        worker
+	device        func(blockdev.Device) blockdev.Device // what init writes to; tests record there, and fail
 }
 
 // engine is the part of package replicate that writes or compares. Tests put failures there that no image can have.
@@ -48,6 +49,7 @@ func newApp(stdin io.Reader, stdout, stderr io.Writer) *app {
 		stdin: stdin, stdout: stdout, stderr: stderr, terminalWidth: terminalWidth,
 		engine: engine{replicate.SyncAll, replicate.VerifyAll, replicate.Recover, replicate.Pending},
 		worker: worker{program: "/proc/self/exe", grace: workerGrace, signal: (*os.Process).Signal},
+		device: func(d blockdev.Device) blockdev.Device { return d },
 	}
 }
 

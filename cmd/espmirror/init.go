@@ -35,7 +35,7 @@ func (inv *invocation) initCommand() *cli.Command {
 		Description: "A blank disk gets a GPT; on a disk with a GPT free space is used, or its ESP when that is blank. Then an ESP, and\n" +
 			"an XBOOTLDR partition where the primary has one, are formatted, filled from the primary, and added to its\n" +
 			"replica set. What holds anything is refused. Cut off anywhere, it leaves no volume or a whole one, and goes on\n" +
-			"when it is run again. FAT32 is made from 34M on (260M with sectors of 4096 bytes), FAT16 from 9M, else FAT12.",
+			"when it is run again. By size the ESP is FAT32 from 33M on (259M with sectors of 4096 bytes), FAT16 from 3M (17M).",
 		Flags: append(append([]cli.Flag{
 			&cli.GenericFlag{Name: "primary", Value: &once{}, Usage: "replicate from this `VOLUME` or directory (default: $SYSTEMD_ESP_PATH, else the ESP that was booted)"},
 		}, selectFlags()...),
@@ -175,11 +175,12 @@ func (d *derived) Read(p []byte) (int, error) {
 }
 
 // random is where identities of transactions come from; nil is the system.
-func (o *initOptions) random() io.Reader {
+// Each purpose has bytes of its own: what fills a volume and what joins it to its set must not be taken for one another.
+func (o *initOptions) random(purpose string) io.Reader {
 	if o.seed == "" {
 		return nil
 	}
-	return &derived{seed: o.seed}
+	return &derived{seed: purpose + "\x00" + o.seed}
 }
 
 // initTarget is what is to become a member.
@@ -360,8 +361,9 @@ type initPlan struct {
 	found   []gpt.Signature // what is overwritten
 	todo    []string
 	join    bool
-	set     *replicate.Set // that the new ESP begins with; nil when it joins none
-	done    bool           // the ESP is a member already
+	wrote   bool           // something may have been written
+	set     *replicate.Set // the set with the new member, by which its loader entries are written; nil when it joins none
+	done    bool           // the ESP is a member already, or about to be: only the rest of joining is left
 }
 
 // esp is the ESP of the plan.

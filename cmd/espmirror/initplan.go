@@ -18,8 +18,6 @@ func (inv *invocation) planInit(o *initOptions, t *initTarget, m *members) (*ini
 	p := &initPlan{o: o, t: t}
 	var err error
 	switch {
-	case t.part && (o.like != "" || o.newTable || o.espSize != 0 || o.bootSize > 0 || o.partLabel != "" || o.size != 0):
-		return nil, usagef("%s is a partition: it keeps its size and its name, and the table stays as it is", t.name)
 	case t.part:
 		err = p.takePartition(inv, m)
 	case o.like != "":
@@ -292,7 +290,7 @@ func (p *initPlan) intoTable(inv *invocation, m *members) error {
 		return withHint(refusef("cannot init %s: %w: %s", t.name, gpt.ErrUnsound, t.table.Problems[0]), "mend it first, with sgdisk or gdisk")
 	}
 	needESP, needBoot := true, true
-	for _, typ := range []gpt.GUID{gpt.TypeESP, gpt.TypeXBOOTLDR} {
+	for _, typ := range []gpt.GUID{gpt.TypeESP, gpt.TypeXBOOTLDR} { // the ESP says whether all of it is done
 		there := t.table.OfType(typ)
 		if len(there) == 0 || typ == gpt.TypeXBOOTLDR && m.boot == nil && p.o.bootSize <= 0 {
 			continue
@@ -394,22 +392,24 @@ func (p *initPlan) lookVolume(inv *invocation, w blockdev.Device, v *newVolume, 
 		return nil
 	}
 	made, err := replicate.Inspect(p.t.name, vol)
-	if err != nil || !made.Journal {
+	if err != nil {
 		return nil
 	}
 	guid := v.part.GUID.String()
 	switch {
-	case made.Member && !v.boot() && m.set != nil && m.set.Has(guid):
+	case m.set != nil && m.set.Has(guid) && (made.Member || made.Set != nil && made.Set.Has(guid)):
 		p.done, v.existing = true, true
-	case made.Member && v.boot() && p.done:
+	case v.boot() && p.done:
 		v.existing = true
-	case made.Member:
-	case made.Set == nil || made.Set.Has(guid):
-		// It was written by a run, and has never been told of a generation: it is what a run left that did not come to its end.
+	case made.Member || made.Set != nil:
+		// It is of another set, or has been.
+	case made.Journal || made.Empty:
+		// It was written by a run, and has never been told of a generation: it is what a run left that did not come to its
+		// end. One without any file is as good as new.
 		v.existing = true
 	}
 	if v.existing {
-		v.serial, v.form = vol.Geometry().Serial, vol.Geometry()
+		v.serial, v.label, v.form = vol.Geometry().Serial, made.Label, vol.Geometry()
 	}
 	return nil
 }
@@ -453,7 +453,7 @@ func (p *initPlan) joinPlan(inv *invocation, m *members) error {
 	if err != nil {
 		return err
 	}
-	if !v.inTable && (set.Has(guid) || guid == m.primary.guid()) {
+	if !v.inTable && (guid == m.primary.guid() || set.Has(guid) && !inv.prepared(set, guid)) {
 		return withHint(refusef("cannot init %s: its partition GUID would be %s, which a member has", p.t.name, guid), "use another --seed for each disk")
 	}
 	comment := filepath.Base(p.t.name)
@@ -467,15 +467,25 @@ func (p *initPlan) joinPlan(inv *invocation, m *members) error {
 		return err
 	}
 	if names := set.Incomplete(guid); len(names) > 0 {
-		hint := fmt.Sprintf("add a line `replace %s %s TEXT` to %s of the primary", names[0], guid, replicate.SetPath)
+		hint := fmt.Sprintf("add the lines `member %s` and `replace %s %s TEXT` to %s of the primary", guid, names[0], guid, replicate.SetPath)
 		if p.o.seed == "" && !v.inTable {
-			hint = fmt.Sprintf("with --seed the GUID is known before: `espmirror init -n --no-set --seed TEXT` shows it; then add a line `replace %s GUID TEXT` to %s of the primary",
+			hint = fmt.Sprintf("with --seed the GUID is known before: `espmirror init -n --no-set --seed TEXT` shows it; then add the lines `member GUID` and `replace %s GUID TEXT` to %s of the primary",
 				names[0], replicate.SetPath)
 		}
 		return withHint(refusef("cannot init %s: %s of the primary has no text for %s of the new member", p.t.name, replicate.SetPath, strings.Join(names, ", ")), "%s", hint)
 	}
 	p.set = set
 	return nil
+}
+
+// prepared says whether somebody has written the words of a member into the set before it is made: it is listed, with texts
+// of its own, and no disk has it.
+func (inv *invocation) prepared(set *replicate.Set, guid string) bool {
+	if len(set.Texts(guid)) == 0 {
+		return false
+	}
+	_, err := inv.finder().FindPartUUID(guid)
+	return errors.Is(err, gpt.ErrNotFound)
 }
 
 // leftToDo says what the other partitions of a layout need, by what they hold on the disk that it was copied from.

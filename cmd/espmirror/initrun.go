@@ -31,6 +31,9 @@ func (inv *invocation) init() (report, error) {
 	if err != nil {
 		return nil, err
 	}
+	if t.part && (o.like != "" || o.newTable || o.espSize != 0 || o.bootSize > 0 || o.partLabel != "" || o.size != 0) {
+		return nil, usagef("%s is a partition: it keeps its size and its name, and the table stays as it is", t.name)
+	}
 	if err := inv.guardInit(t, m); err != nil {
 		return nil, err
 	}
@@ -78,7 +81,8 @@ func (inv *invocation) init() (report, error) {
 		}
 		name = loc.String()
 	}
-	inv.random = o.random()
+	p.wrote = true // add tells by itself what it did
+	inv.random = o.random("join")
 	set, err := inv.changeSetOf("add", []string{name})
 	if r, ok := set.(*setReport); ok {
 		rep.Set = r
@@ -91,7 +95,7 @@ func (inv *invocation) init() (report, error) {
 
 // afterwards sees to it that no exit status says "nothing was written" any more.
 func (p *initPlan) afterwards(err error) error {
-	if err == nil || errors.Is(err, context.Canceled) || exitCode(err) != exitRefused {
+	if err == nil || !p.wrote || errors.Is(err, context.Canceled) || exitCode(err) != exitRefused {
 		return err
 	}
 	return &targetsError{verb: initVerb, errs: []error{err}, total: 1, wrote: true}
@@ -206,6 +210,7 @@ func (inv *invocation) carryOut(p *initPlan, m *members) (err error) {
 		defer locks.Release()
 	}
 	if t.create {
+		p.wrote = true
 		if err := makeFile(t.name, t.size); err != nil {
 			return fail(err)
 		}
@@ -236,6 +241,8 @@ func (inv *invocation) carryOut(p *initPlan, m *members) (err error) {
 			inv.tellKernel(p)
 		}
 	}()
+	p.wrote = true
+	dev = inv.device(dev)
 	if err := dev.Invalidate(); err != nil {
 		return fail(err)
 	}
@@ -468,14 +475,12 @@ func (p *initPlan) format(w blockdev.Device, v *newVolume) (*blockdev.Withheld, 
 	return hold, nil
 }
 
-// replicate fills the volumes. They are no members yet: the set file that the ESP begins with names it, so that a run
-// that is cut off before the others know of it is recognised.
+// replicate fills the volumes. They are no members yet, and hold no set file: a disk that is booted while the members do
+// not know of it has nothing to tell them, and an ESP that lost its memory (it would be named there, and have no state) is
+// another thing. The words of its loader entries are its own already.
 func (p *initPlan) replicate(ctx context.Context, m *members, targets []*replicate.Target, o replicate.Options) error {
-	o.Random = p.o.random()
-	latest, fixed := sourceDate()
-	if fixed {
-		o.Now = latest
-	}
+	m.inv.random = p.o.random("fill")
+	latest, _ := sourceDate()
 	var jobs []replicate.Job
 	for i, v := range p.filled() {
 		if v.from == nil {
@@ -489,29 +494,11 @@ func (p *initPlan) replicate(ctx context.Context, m *members, targets []*replica
 		if err := opt.Selection.Check(v.from.src); errors.Is(err, replicate.ErrEmptySelection) && v.boot() {
 			continue
 		}
-		var files []replicate.File
-		switch {
-		case v.boot():
-			if e := p.esp(); e != nil {
-				targets[i].Member, targets[i].Set = e.part.GUID.String(), p.set
-			}
-		case p.set != nil:
-			now := m.inv.clock()
-			files = append(files, replicate.File{Path: replicate.SetPath, Content: p.set.Bytes(),
-				Meta: fatdriver.Meta{Attr: fatdriver.AttrArchive, Created: now, Modified: now, Accessed: now}})
-			if len(opt.Selection.Select) > 0 {
-				opt.Selection.Select = append(slices.Clone(opt.Selection.Select), replicate.SetPath)
-			}
-		default:
-			opt.Selection.Exclude = append(slices.Clone(opt.Selection.Exclude), replicate.SetPath) // the set of others
+		if e := p.esp(); v.boot() && e != nil {
+			targets[i].Member, targets[i].Set = e.part.GUID.String(), p.set
 		}
-		var err error
-		if job.Source, err = replicate.Adapt(v.from.src, latest, files...); err != nil {
-			return err
-		}
-		if len(p.filled()) > 1 {
-			targets[i].Pair = p.t.name
-		}
+		opt.Selection.Exclude = append(slices.Clone(opt.Selection.Exclude), replicate.SetPath)
+		job.Source = replicate.Adapt(v.from.src, latest)
 		job.Options = opt
 		jobs = append(jobs, job)
 	}
@@ -522,14 +509,18 @@ func (p *initPlan) replicate(ctx context.Context, m *members, targets []*replica
 	if err != nil {
 		return err
 	}
+	var failed error
 	for _, rs := range results {
 		for _, r := range rs {
-			if r.Err != nil {
-				return r.Err
+			switch {
+			case failed == nil:
+				failed = r.Err
+			case r.Err != nil:
+				failed = fmt.Errorf("%w; %w", failed, r.Err) // they share a disk: one of them says what it was, the other what it saw of it
 			}
 		}
 	}
-	return nil
+	return failed
 }
 
 // seedOf makes a random seed where it was asked for.
@@ -611,6 +602,7 @@ type initReport struct {
 	Left       []string        `json:"left_to_do"`
 
 	quiet bool
+	done  bool // there was nothing to make
 }
 
 type initPartition struct {
@@ -635,7 +627,7 @@ type initFound struct {
 }
 
 func (r *initReport) fill(p *initPlan) {
-	r.Size, r.Sector, r.NewImage, r.NewTable = p.t.size, p.t.sector, p.t.create, p.table
+	r.Size, r.Sector, r.NewImage, r.NewTable, r.done = p.t.size, p.t.sector, p.t.create, p.table, p.done
 	r.Joins, r.Notes, r.Left = p.join, append([]string{}, p.notes...), append([]string{}, p.todo...)
 	if p.table {
 		r.DiskGUID = p.disk.String()
@@ -663,8 +655,8 @@ func (r *initReport) fill(p *initPlan) {
 }
 
 func (r *initReport) print(o *output) {
-	if r.quiet {
-		return
+	if r.quiet || !r.DryRun && !r.Made && !r.done {
+		return // the error says why
 	}
 	for _, f := range r.Found {
 		o.printf("overwritten: %s at 0x%x\n", safe(f.What), f.Off)
@@ -687,11 +679,10 @@ func (r *initReport) print(o *output) {
 	} else if r.Joins && r.DryRun {
 		o.printf("it joins the replica set of %s\n", safe(r.Primary))
 	}
-	if len(r.Left) > 0 && r.Error == nil {
+	if len(r.Left) > 0 {
 		o.printf("left to do:\n")
 		for _, line := range r.Left {
 			o.printf("  %s\n", safe(line))
 		}
 	}
 }
-
