@@ -187,14 +187,26 @@ func (r *recogniser) containers() {
 // Ends is how much, in bytes, of either end of a device holds nearly everything by which programs know what is on it.
 const Ends = 1 << 20
 
-// Dirty says whether there are bytes other than zero in the first or the last MiB.
-func Dirty(d blockdev.Device) (bool, error) {
+// Dirty says whether there are bytes other than zero in the first or the last MiB, outside the given places.
+func Dirty(d blockdev.Device, except ...Extent) (bool, error) {
 	dirty := false
-	err := eachEnd(d, func(b []byte, _ int64) error {
+	err := eachEnd(d, func(b []byte, off int64) error {
+		for _, e := range except {
+			if from, to := max(off, e.Start), min(off+int64(len(b)), e.End()); from < to {
+				clear(b[from-off : to-off])
+			}
+		}
 		dirty = dirty || !blockdev.Zero(b)
 		return nil
 	})
 	return dirty, err
+}
+
+// TableExtents are the places of the entry arrays of a new table: a Create that was cut off may have left them, and
+// nothing else.
+func TableExtents(size int64, sector int) []Extent {
+	first, end := Usable(size, sector)
+	return []Extent{{first - tableSize, tableSize}, {end, tableSize}}
 }
 
 // Wipe clears the first and the last MiB and what Recognise finds between them, and flushes. What is zero already is not

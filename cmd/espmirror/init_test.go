@@ -364,6 +364,9 @@ func TestInitRefuses(t *testing.T) {
 		{[]string{put("backup.img", 8<<20, 8<<20-512, "EFI PART")}, []string{"GPT (backup)"}},
 		{[]string{put("inside.img", 8<<20, 1<<20+65536+64, "_BHRfS_M")}, []string{"the place of the new partition holds btrfs"}},
 		{[]string{"mbr.img"}, []string{"MBR with 1 partition"}},
+		{[]string{put("notes.txt", 4<<20, 0, "a long text")}, []string{"the file is not empty", "--force overwrites it"}},
+		{[]string{put("tail.bin", 4<<20, 4<<20-5, "text")}, []string{"the file is not empty"}},
+		{[]string{put("middle.bin", 4<<20, 1<<20+77, "text")}, []string{"the file is not empty"}},
 		{[]string{"bad.img"}, []string{"partition table is damaged", "--new-table --force"}},
 		{[]string{"halfbad.img"}, []string{"not sound", "sgdisk"}},
 		{[]string{"--force", "halfbad.img"}, []string{"not sound", "sgdisk"}},
@@ -445,6 +448,9 @@ func TestInitForce(t *testing.T) {
 	b.run("init", "--force", "--primary", "primary.img", "--label", "FRESH", "disk.img@@p1").want(0).has("overwritten: FAT at 0x100000", "FRESH")
 	soundImage(t, "disk.img", 1)
 	b.run("verify", "--primary", "primary.img", "--target", "disk.img@@p1").want(0)
+	// A member, too, is made anew in its partition.
+	b.run("init", "--force", "--primary", "primary.img", "--label", "AGAIN", "disk.img@@p1").want(0).has("formatted", "AGAIN")
+	b.run("status", "--primary", "primary.img", "--target", "disk.img@@p1").want(0).has("in sync", "AGAIN")
 	b.run("init", "--force", "--new-table", "--no-set", "--primary", "primary.img", "--partlabel", "named", "disk.img").want(0).has("overwritten: protective MBR", "named")
 	soundImage(t, "disk.img", 1)
 	b.run("init", "-q", "--force", "--new-table", "--no-set", "--random-seed=yes", "--primary", "primary.img", "disk.img").want(0)
@@ -688,6 +694,49 @@ func TestInitCut(t *testing.T) {
 			}
 			t.Logf("%d states: %d without a volume, %d with a whole one; %d gone on from", n, none, whole, reruns)
 		})
+	}
+}
+
+// TestInitCutControl: the test above must notice a barrier that is missing.
+func TestInitCutControl(t *testing.T) {
+	b := initBench(t, false)
+	recording := recorded(t, b, make([]byte, 8<<20), 512, "--size", "8M", "disk.img")
+	want := map[string]string{}
+	for name, f := range bootTree {
+		want[name] = string(f.Head)
+	}
+	var flushes []int
+	for i, op := range recording.Ops {
+		if op.Flush {
+			flushes = append(flushes, i)
+		}
+	}
+	without := func(drop ...int) error {
+		r := &fixtures.Recording{Base: recording.Base, Sector: recording.Sector}
+		for i, op := range recording.Ops {
+			if !slices.Contains(drop, i) {
+				r.Ops = append(r.Ops, op)
+			}
+		}
+		_, err := r.Explore(fixtures.CrashOptions{Limit: 16, Random: 60}, func(s *fixtures.State) error {
+			_, err := wholeOrNothing(s, false, want)
+			return err
+		})
+		return err
+	}
+	if err := without(); err != nil {
+		t.Fatal(err)
+	}
+	if without(flushes...) == nil {
+		t.Error("no flush at all, and nothing was noticed")
+	}
+	// In front of the first sector is a flush of its own, and before that those that end the transaction: all of them, as one
+	// that only closes the journal makes no difference to the tree.
+	if last := flushes[len(flushes)-1]; recording.Ops[last-1].Off != 1<<20 {
+		t.Errorf("the last write is at 0x%x, not the first sector of the ESP", recording.Ops[last-1].Off)
+	}
+	if n := len(flushes); without(flushes[n-8:n-1]...) == nil {
+		t.Error("the first sector may come before the rest, and nothing was noticed")
 	}
 }
 

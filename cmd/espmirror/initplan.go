@@ -332,6 +332,7 @@ func (p *initPlan) takePartition(inv *invocation, m *members) error {
 
 // look judges what is in the place of each volume.
 func (p *initPlan) look(inv *invocation, dev blockdev.Device, m *members) error {
+	unknown := false
 	for _, v := range p.volumes {
 		w, err := p.window(dev, v)
 		if err != nil {
@@ -341,7 +342,8 @@ func (p *initPlan) look(inv *invocation, dev blockdev.Device, m *members) error 
 		if err != nil {
 			return refusal{fmt.Errorf("cannot init %s: %w", p.t.name, err)}
 		}
-		if v.inTable && v.fill {
+		// Who forces a partition that is named wants it made anew, whatever there is.
+		if v.inTable && v.fill && !(p.o.force && p.t.part) {
 			if err := p.lookVolume(inv, w, v, m); err != nil {
 				return err
 			}
@@ -352,6 +354,8 @@ func (p *initPlan) look(inv *invocation, dev blockdev.Device, m *members) error 
 		if len(found) == 0 {
 			if dirty, err := gpt.Dirty(w); err != nil {
 				return refusal{fmt.Errorf("cannot init %s: %w", p.t.name, err)}
+			} else if dirty && p.table && v.fill {
+				unknown = true
 			} else if dirty && !p.table {
 				p.notes = append(p.notes, fmt.Sprintf("partition %d: there are bytes in its place that nobody knows; they are overwritten", v.part.Number))
 			}
@@ -372,10 +376,15 @@ func (p *initPlan) look(inv *invocation, dev blockdev.Device, m *members) error 
 		p.found = append(p.found, found...)
 	}
 	if p.table && len(p.found) == 0 {
-		if dirty, err := gpt.Dirty(dev); err != nil {
+		dirty, err := gpt.Dirty(dev, gpt.TableExtents(p.t.size, p.t.sector)...)
+		switch {
+		case err != nil:
 			return refusal{fmt.Errorf("cannot init %s: %w", p.t.name, err)}
-		} else if dirty {
-			p.notes = append(p.notes, "there are bytes at the beginning or the end of the disk that nobody knows; they are overwritten")
+		case (dirty || unknown) && !p.t.id.Block && !p.o.force:
+			// A disk without a signature is a disk to be used. A file may be anything that somebody wrote.
+			return withHint(refusef("cannot init %s: the file is not empty, and what is in it is no disk image that is known", p.t.name), "--force overwrites it")
+		case dirty || unknown:
+			p.notes = append(p.notes, "there are bytes that nobody knows; they are overwritten")
 		}
 	}
 	return nil
