@@ -7,19 +7,24 @@ FUZZTIME ?= 30s
 ROUNDS ?= 200
 CRASHFLAGS ?=
 BENCHFLAGS ?=
+VMFLAGS ?=
 TESTFLAGS ?=
 
 # urfave_cli_no_docs leaves out the generators of Markdown and man pages: 1 MB of the binary.
 TAGS = urfave_cli_no_docs
 GOBUILD = CGO_ENABLED=0 $(GO) build -trimpath -tags $(TAGS)
 BIN = out/espmirror
+# The initramfs is loaded by firmware at each boot: the same program, without the sources that only builders of images have,
+# and without inlining, which makes it smaller and no slower where the disk is what takes the time.
+INITRDBIN = out/espmirror-initrd
 
-.PHONY: all build demo test test-short lint fuzz bench crash kill-test judges install clean help
+.PHONY: all build demo test test-short lint fuzz bench crash kill-test judges vm install uninstall packages packages-test clean help
 all: build
 
-build: ## build the one static binary, out/espmirror
+build: ## build the one static binary, out/espmirror, and the smaller one for an initramfs
 	@mkdir -p out
 	$(GOBUILD) -ldflags "-s -w -X main.version=$(VERSION)" -o $(BIN) ./cmd/espmirror
+	$(GOBUILD),initrd -gcflags=all=-l -ldflags "-s -w -X main.version=$(VERSION)" -o $(INITRDBIN) ./cmd/espmirror
 
 demo: build ## two disk images, three syncs, one power cut, one recovery; no root, no other tool
 	@scripts/demo.sh $(BIN)
@@ -60,8 +65,24 @@ crash: judges ## power cuts by the million, with every judge; goes on where it w
 kill-test: build judges ## kill -9 of sync at ROUNDS (200) random moments on a loop device; needs root
 	@scripts/kill-test.sh $(ROUNDS)
 
-install: build ## install below DESTDIR/PREFIX (/usr/local)
-	install -D -m 755 $(BIN) $(DESTDIR)$(PREFIX)/sbin/espmirror
+vm: build judges packages ## boots in virtual machines with our package, as a table and in docs/vm.md; needs root, 20 minutes; VMFLAGS="-only a,f"
+	@$(GO) run ./scripts/vm -deb out/packages/espmirror_*.deb -doc docs/vm.md $(VMFLAGS)
+
+# PREFIX, SBINDIR, LIBDIR, UNITDIR, … are explained in scripts/packages/install; `make uninstall` needs the same ones.
+INSTALLVARS = DESTDIR PREFIX SBINDIR LIBDIR DOCDIR MANDIR UNITDIR PRESETDIR UDEVRULESDIR KERNELINSTALLDIR DRACUTDIR FORMATS
+INSTALLENV = $(foreach v,$(INSTALLVARS),$(if $($(v)),$(v)='$($(v))'))
+
+install: build ## the program, units and hooks, below DESTDIR; our own files go to PREFIX (/usr/local), or where SBINDIR=… says
+	@$(INSTALLENV) scripts/packages/install install
+
+uninstall: ## take away what install put there
+	@$(INSTALLENV) scripts/packages/install uninstall
+
+packages: build ## .deb, .rpm and Arch packages in out/packages, the same bytes for the same commit; needs the Go module proxy
+	@GO='$(GO)' scripts/packages/build
+
+packages-test: ## builds the packages twice, differently, and installs and removes them in a fake root; needs root for that
+	@ESPMIRROR_PACKAGES=1 $(GO) test -count=1 -v -run '^TestPackage' ./scripts/dist
 
 clean: ## remove what was built
 	rm -rf out

@@ -6,7 +6,9 @@ cd "$(dirname "$0")/.." || exit 0
 linux=out/judges/linux
 
 missing=
-for pair in fsck.fat:dosfstools mcopy:mtools sgdisk:gdisk zstd:zstd mkfs.exfat:exfatprogs qemu-system-x86_64:qemu-system-x86; do
+for pair in fsck.fat:dosfstools mcopy:mtools sgdisk:gdisk zstd:zstd mkfs.exfat:exfatprogs \
+	qemu-system-x86_64:qemu-system-x86 shellcheck:shellcheck busybox:busybox \
+	mmdebstrap:mmdebstrap systemd-analyze:systemd; do
 	PATH=$PATH:/usr/sbin:/sbin command -v "${pair%%:*}" >/dev/null || missing="$missing ${pair#*:}"
 done
 test -e /usr/share/OVMF/OVMF_CODE_4M.fd || missing="$missing ovmf"

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"slices"
 	"strings"
 	"syscall"
@@ -150,10 +151,33 @@ func (inv *invocation) early() (report, error) {
 	}
 	rep.Seconds = time.Since(start).Seconds()
 	rep.tell(inv.log)
+	if p.mode != earlyOff {
+		inv.leaveWord(rep.Error == nil)
+	}
 	if rep.Error == nil {
 		return rep, nil
 	}
 	return rep, told{rep.Error}
+}
+
+// earlyWord is left behind by a run after which nothing needs to be recovered: from the initramfs it comes to the system with
+// /run, and keeps espmirror-recover.service from looking at the same again while the boot waits for it.
+const earlyWord = "/run/espmirror/early"
+
+// leaveWord leaves it, or takes back that of a run before. Where that is not possible, the service finds nothing to do.
+func (inv *invocation) leaveWord(done bool) {
+	path := inv.system.Path(earlyWord)
+	var err error
+	if done {
+		if err = os.MkdirAll(filepath.Dir(path), 0o755); err == nil {
+			err = os.WriteFile(path, nil, 0o644)
+		}
+	} else if err = os.Remove(path); errors.Is(err, fs.ErrNotExist) {
+		err = nil
+	}
+	if err != nil {
+		inv.log.Debug("no word of this run is left", "err", err)
+	}
 }
 
 // earlyWork does the work. The report is there with every error.

@@ -136,6 +136,12 @@ func TestEarly(t *testing.T) {
 		t.Errorf("%v", doc)
 	}
 
+	// It leaves word for the service that would do the same again.
+	word := r.app.system.Path("/run/espmirror/early")
+	if err := os.Remove(word); err != nil {
+		t.Error(err)
+	}
+
 	// A change on what was booted, and a run that was cut.
 	r.copyIn("sda1", "loader/loader.conf", "timeout 7\n")
 	r.interrupt("--target", r.node("sdb1"))
@@ -281,7 +287,7 @@ func TestEarlyMissing(t *testing.T) {
 
 	// One that comes while others are waited for. What is there has been recovered by then, and is synced in the end.
 	r.copyIn("sda1", "loader/loader.conf", "timeout 9\n")
-	time.AfterFunc(300*time.Millisecond, func() { r.plug("sdc") })
+	time.AfterFunc(1500*time.Millisecond, func() { r.plug("sdc") })
 	res := r.do("early", "--timeout=1min").want(0).last("recovered 0, synced 2, in sync 0, missing 0, refused 0, failed 0")
 	if _, _, waited := res.lastLine(); waited < 0.05 || waited > 20 {
 		t.Errorf("waited %v s", waited)
@@ -320,6 +326,9 @@ func TestEarlyMissing(t *testing.T) {
 	r.run("early", "--timeout=200ms").want(exitPartial).has("cannot use what was booted, PARTUUID="+guidOf(1), "is the driver of its disk in the initramfs?")
 	if time.Since(start) < 200*time.Millisecond {
 		t.Error("it was not waited for")
+	}
+	if _, err := os.Stat(r.app.system.Path("/run/espmirror/early")); err == nil {
+		t.Error("a run that did not find all leaves word that nothing is left to do")
 	}
 }
 

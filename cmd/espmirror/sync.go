@@ -25,7 +25,7 @@ func (inv *invocation) syncCommand() *cli.Command {
 		Flags: append(append(setFlags(), selectFlags()...),
 			&cli.BoolFlag{Name: "dry-run", Aliases: []string{"n"}, Usage: "print what would be done, and write nothing", DisableDefaultText: true},
 			&cli.GenericFlag{Name: "keep-free", Value: &once{}, Usage: "refuse a target that would have less than `SIZE` free at the peak (64M, 1G)"},
-			&cli.StringFlag{Name: "compare", Value: "content", Usage: "how to find what changed: by `content`, or by fingerprint, which reads no file where nothing has changed"},
+			&cli.StringFlag{Name: "compare", Value: "content", Usage: "how to find what changed; `MODE` is content, or fingerprint, which reads no file where nothing has changed"},
 			&cli.BoolFlag{Name: "force", Usage: "let the primary win where a target is newer or has gone its own way", DisableDefaultText: true},
 			timeoutFlag(),
 			&cli.StringFlag{Name: "random-seed", Value: "no", Usage: "also give each target a fresh random seed of its own: `yes|no`"},
