@@ -40,6 +40,9 @@ var (
 	ErrBackupOnly = errors.New("it stands alone: neither a protective MBR nor a primary header is left")
 )
 
+// GUID is a GUID as tables hold it.
+type GUID = uuid.UUID
+
 // Partition is one entry of a partition table. Its bounds are inside the disk.
 type Partition struct {
 	Number     int       // 1-based
@@ -88,6 +91,8 @@ type Table struct {
 	Partitions []Partition
 	FromBackup bool     // the primary table is damaged, and this is the backup
 	Problems   []string // what is wrong with it, in words; nothing that makes Partitions unusable
+
+	first, end int64 // the usable part of the disk in bytes; 0 in an MBR
 }
 
 // Find returns the partition with the given number, nil when there is none.

@@ -298,3 +298,32 @@ func (f *Finder) partNode(spec, path string, b blockdev.Block, id blockdev.ID) (
 	l.Part = p
 	return l, nil
 }
+
+// ErrNotDisk is returned by Whole for a partition.
+var ErrNotDisk = errors.New("is a partition, not a whole disk")
+
+// Whole returns the location of a whole disk or image, whatever it holds.
+func (f *Finder) Whole(path string) (*Location, error) {
+	id, err := blockdev.Identify(path)
+	if err != nil {
+		return nil, err
+	}
+	b, err := f.block(path, id)
+	if err != nil {
+		return nil, err
+	}
+	if b.Disk != "" {
+		return nil, ErrNotDisk
+	}
+	d, err := blockdev.Open(path, blockdev.ReadOnly, blockdev.WithSystem(f.System))
+	if err != nil {
+		return nil, err
+	}
+	l := &Location{Spec: path, Path: path, Size: d.Size(), SectorSize: d.SectorSize(), Disk: path, id: id, system: f.System}
+	return l, d.Close()
+}
+
+// Part returns the location of a partition of a disk or image, by its number.
+func (f *Finder) Part(path string, number int) (*Location, error) {
+	return f.findIn(fmt.Sprintf("%s@@p%d", path, number), path, fmt.Sprintf("p%d", number))
+}

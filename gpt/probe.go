@@ -111,16 +111,7 @@ const mdMagic = 0xa92b4efc
 // beginning looks like the plain filesystem that the array holds; or near its start (1.1, 1.2).
 func MDMember(d blockdev.Device) (bool, error) {
 	size := d.Size()
-	for _, place := range []struct {
-		off     int64
-		version uint32
-	}{
-		// 0.90: the last whole 64 KiB. 1.0: at least 8 KiB from the end, at a multiple of 4 KiB.
-		{size&^0xffff - 0x10000, 0},
-		{(size&^511 - 8192) &^ 4095, 1},
-		{0, 1},
-		{4096, 1},
-	} {
+	for _, place := range mdPlaces(size) {
 		if place.off < 0 || place.off > size-512 {
 			continue
 		}
@@ -133,6 +124,22 @@ func MDMember(d blockdev.Device) (bool, error) {
 		}
 	}
 	return false, nil
+}
+
+// mdPlace is a place where a superblock of a major version is looked for.
+type mdPlace struct {
+	off     int64
+	version uint32
+}
+
+func mdPlaces(size int64) []mdPlace {
+	return []mdPlace{
+		// 0.90: the last whole 64 KiB. 1.0: at least 8 KiB from the end, at a multiple of 4 KiB.
+		{size&^0xffff - 0x10000, 0},
+		{(size&^511 - 8192) &^ 4095, 1},
+		{0, 1},
+		{4096, 1},
+	}
 }
 
 // isMDSuperblock checks magic and major version. Metadata 0.90 is in the byte order of the machine that made it.

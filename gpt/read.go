@@ -169,7 +169,7 @@ func checkProtective(t *Table, protective bool) {
 
 // decode turns a checked header into a table, with go-diskfs as the decoder.
 func decode(h *header, d blockdev.Device, sector int) (t *Table, err error) {
-	t = &Table{SectorSize: sector}
+	t = &Table{SectorSize: sector, first: int64(h.first) * int64(sector), end: (int64(h.last) + 1) * int64(sector)}
 
 	// Entries that no reader may use are reported and left out, as the kernel leaves them out.
 	usable := map[int]bool{}

@@ -8,6 +8,7 @@ package replicate
 import (
 	"context"
 	"errors"
+	"io"
 	"log/slog"
 	"time"
 
@@ -106,6 +107,9 @@ type Options struct {
 	BootedEntry, DefaultEntry, PreferredEntry, OneShotEntry string
 	Force                                                   bool      // the source wins, whatever the lineage says
 	Now                                                     time.Time // what the state file calls now; zero: the clock
+	// Random is where the identities of transactions and of a new lineage come from, safe for concurrent use; nil is
+	// getrandom(2). With Now it makes all bytes of a run on one new volume follow from what went into it.
+	Random io.Reader
 
 	Log      *slog.Logger
 	Progress func(Progress) // called from several goroutines, never concurrently for one target; may be nil

@@ -25,7 +25,7 @@ func (r *run) prepare(s *side) {
 	}
 	if err == nil {
 		var rec *journal.Record
-		if rec, err = record(s.plan); err == nil {
+		if rec, err = r.record(s.plan); err == nil {
 			err = log.Prepare(rec)
 		}
 	}

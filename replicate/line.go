@@ -254,7 +254,9 @@ func (r *run) judge() error {
 	}
 	now := base
 	if base == nil || changed {
-		now = base.next(digest, r.sel)
+		if now, err = r.nextState(base, digest); err != nil {
+			return err
+		}
 	}
 	from := lineageSide{base, changed, digest}
 	var over uint64 // the highest generation that is overruled

@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 
 	"espmirror/blockdev"
 	"espmirror/fatdriver"
@@ -18,8 +19,12 @@ const (
 	journalPath = stateDir + "/journal"
 )
 
-func newID(id *[16]byte) error {
-	_, err := rand.Read(id[:])
+// newID makes the identity of a transaction from random bytes; nil is the system's.
+func newID(id *[16]byte, random io.Reader) error {
+	if random == nil {
+		random = rand.Reader
+	}
+	_, err := io.ReadFull(random, id[:])
 	return err
 }
 
@@ -313,7 +318,7 @@ func (r *run) extend(s *side, log *journal.Log, dir *fatdriver.Node, clusters in
 // nil while there is no journal yet.
 func (r *run) carryOut(s *side, plan *fatdriver.Plan, log *journal.Log) error {
 	if log != nil {
-		rec, err := record(plan)
+		rec, err := r.record(plan)
 		if err != nil {
 			return err
 		}

@@ -378,7 +378,7 @@ func (r *run) summarize(s *side, log *journal.Log) error {
 	if err != nil {
 		return err
 	}
-	rec, err := record(s.plan)
+	rec, err := r.record(s.plan)
 	if err != nil {
 		return err
 	}
@@ -423,7 +423,7 @@ func (r *run) summarize(s *side, log *journal.Log) error {
 }
 
 // record says in a journal record what a plan will do.
-func record(p *fatdriver.Plan) (*journal.Record, error) {
+func (r *run) record(p *fatdriver.Plan) (*journal.Record, error) {
 	rec := &journal.Record{Alloc: journalRuns(p.Alloc()), Base: journalRuns(p.Objects())}
 	// A shadow that only an intermediate step uses is both taken and given up: it is released whatever happens, as what
 	// the record takes and nobody reaches always is.
@@ -431,7 +431,7 @@ func record(p *fatdriver.Plan) (*journal.Record, error) {
 	for _, b := range p.Blocks {
 		rec.Blocks = append(rec.Blocks, newBlock(b, len(p.Blocks) == 1))
 	}
-	if err := newID(&rec.ID); err != nil {
+	if err := newID(&rec.ID, r.opt.Random); err != nil {
 		return nil, err
 	}
 	return rec, nil

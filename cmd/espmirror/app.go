@@ -34,6 +34,7 @@ type app struct {
 	// terminalWidth gives the columns of a terminal, 0 for anything else.
 	terminalWidth func(io.Writer) int
 	worker        worker
+	device        func(blockdev.Device) blockdev.Device // what init writes to; tests record there, and fail
 }
 
 // engine is the part of package replicate that writes or compares. Tests put failures there that no image can have.
@@ -48,6 +49,7 @@ func newApp(stdin io.Reader, stdout, stderr io.Writer) *app {
 		stdin: stdin, stdout: stdout, stderr: stderr, terminalWidth: terminalWidth,
 		engine: engine{replicate.SyncAll, replicate.VerifyAll, replicate.Recover, replicate.Pending},
 		worker: worker{program: "/proc/self/exe", grace: workerGrace, signal: (*os.Process).Signal},
+		device: func(d blockdev.Device) blockdev.Device { return d },
 	}
 }
 
@@ -128,6 +130,7 @@ type invocation struct {
 	err                  error
 	metrics              bool      // status --metrics
 	changed              []string  // members that this command has put into the set or taken out
+	random               io.Reader // where identities of transactions come from; nil: the system
 	bar                  *progress // nil until there is one
 }
 
@@ -223,6 +226,9 @@ func (inv *invocation) cli() *cli.App {
 		inv.listCommand(), inv.statusCommand(), inv.syncCommand(), inv.verifyCommand(), inv.recoverCommand(),
 		inv.addCommand(), inv.removeCommand(), inv.waitCommand(), inv.earlyCommand(), inv.randomSeedCommand(),
 		inv.checkCommand(), inv.lsCommand(), inv.catCommand(), inv.extractCommand(),
+	}
+	if init := inv.initCommand(); init != nil {
+		commands = slices.Insert(commands, slices.IndexFunc(commands, func(c *cli.Command) bool { return c.Name == "add" }), init)
 	}
 	for _, c := range commands {
 		c.Flags = append(c.Flags, commonFlags()...)
@@ -514,7 +520,7 @@ ENVIRONMENT:
    SYSTEMD_ESP_PATH          the primary when --primary is not given
    SYSTEMD_RELAX_ESP_CHECKS  1 takes a partition of any type for an ESP
    SYSTEMD_LOG_LEVEL         how much is logged when neither -q nor -v is given
-   SOURCE_DATE_EPOCH         the latest date that goes into an archive
+   SOURCE_DATE_EPOCH         the time that new entries and states get, and the latest one in an archive
    TMPDIR                    where a compressed archive is unpacked
    NO_COLOR                  not empty: no colours
 

@@ -12,7 +12,7 @@ import (
 func TestHelp(t *testing.T) {
 	b := newBench(t)
 	b.run("--help").want(0).golden("help")
-	for _, cmd := range []string{"list", "status", "sync", "verify", "recover", "add", "remove", "wait", "early", "check", "ls", "cat", "extract"} {
+	for _, cmd := range []string{"list", "status", "sync", "verify", "recover", "init", "add", "remove", "wait", "early", "check", "ls", "cat", "extract"} {
 		b.run(cmd, "--help").want(0).golden("help-" + cmd)
 	}
 }

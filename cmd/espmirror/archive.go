@@ -11,7 +11,6 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"time"
 
@@ -55,23 +54,6 @@ func notATarget(verb, name string) error {
 	}
 	return refusef("cannot %s %s: it is %s, and a target is a device or an image", verb, name, what)
 }
-
-// sourceDate is SOURCE_DATE_EPOCH, the latest date that a reproducible file may have; zero when it is not set
-// (reproducible-builds.org/specs/source-date-epoch).
-func sourceDate() (time.Time, error) {
-	v := os.Getenv("SOURCE_DATE_EPOCH")
-	if v == "" {
-		return time.Time{}, nil
-	}
-	n, err := strconv.ParseInt(v, 10, 64)
-	if err != nil || n < 0 || n > maxSourceDate {
-		return time.Time{}, usagef("SOURCE_DATE_EPOCH=%s is not a number of seconds since 1970", v)
-	}
-	return time.Unix(n, 0).UTC(), nil
-}
-
-// maxSourceDate is the last second of the year 9999, in seconds since 1970.
-const maxSourceDate = 253402300799
 
 type archiveWriter func(context.Context, io.Writer, fs.FS, []archive.Member, time.Time) error
 

@@ -5,12 +5,16 @@ package main
 import (
 	"errors"
 
+	"github.com/urfave/cli/v2"
+
 	"espmirror/gpt"
 	"espmirror/replicate"
 )
 
 // The program for an initramfs leaves out the sources that are not there at boot, because of their size: archives, and exFAT
-// volumes. It takes no file for one of them, so that what is named is refused as what it is not.
+// volumes; and `init`. It takes no file for one of them, so that what is named is refused as what it is not.
+
+func (inv *invocation) initCommand() *cli.Command { return nil }
 
 var errNotInInitrd = errors.New("the program for an initramfs reads neither archives nor exFAT")
 

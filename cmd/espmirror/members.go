@@ -779,7 +779,7 @@ func (m *members) save(ctx context.Context, state []byte) error {
 
 // put writes a file that is the primary's own.
 func (m *members) put(ctx context.Context, f replicate.File) error {
-	now := time.Now()
+	now := m.inv.clock()
 	f.Meta = fatdriver.Meta{Attr: fatdriver.AttrArchive, Created: now, Modified: now, Accessed: now}
 	if dir := m.primary.dir; dir != "" {
 		err := replicate.PutDir(dir, []replicate.File{f})
@@ -789,7 +789,7 @@ func (m *members) put(ctx context.Context, f replicate.File) error {
 		return err
 	}
 	return m.withPrimary(func(t *replicate.Target) error {
-		_, err := replicate.Put(ctx, t, []replicate.File{f}, replicate.Options{Log: m.inv.engineLog(false)})
+		_, err := replicate.Put(ctx, t, []replicate.File{f}, replicate.Options{Log: m.inv.engineLog(false), Random: m.inv.random})
 		return err
 	})
 }
@@ -809,6 +809,12 @@ func (m *members) options(o replicate.Options) replicate.Options {
 		o.BootedEntry, o.DefaultEntry, o.PreferredEntry, o.OneShotEntry = boot.Entry, boot.Default, boot.Preferred, boot.OneShot
 	}
 	o.SourceTree = m.scanned
+	o.Random = m.inv.random
+	if t, err := sourceDate(); err != nil {
+		m.inv.log.Warn(err.Error() + "; the clock counts")
+	} else {
+		o.Now = t
+	}
 	if o.Member = m.isMember(); o.Member {
 		if o.Save = m.save; m.verb == "sync" {
 			o.Try = m.try

@@ -50,8 +50,12 @@ func (inv *invocation) setCommandFlags() []cli.Flag {
 
 // changeSet adds members to the replica set, or takes some out.
 func (inv *invocation) changeSet(verb string) (report, error) {
+	return inv.changeSetOf(verb, inv.c.Args().Slice())
+}
+
+// changeSetOf is changeSet for these volumes.
+func (inv *invocation) changeSetOf(verb string, names []string) (report, error) {
 	rep := &setReport{Command: verb, DryRun: inv.flag("dry-run"), Changed: []setChange{}, quiet: inv.quiet}
-	names := inv.c.Args().Slice()
 	var volumes []string
 	for _, name := range names {
 		if verb == "add" || !isGUID(name) {

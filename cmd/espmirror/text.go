@@ -4,9 +4,11 @@ import (
 	"fmt"
 	"io"
 	"math"
+	"os"
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 	"unicode"
 	"unicode/utf8"
 )
@@ -218,4 +220,29 @@ func (t *table) line(o *output, width []int, cells []cell) {
 		}
 	}
 	o.printf("%s\n", sb.String())
+}
+
+// sourceDate is SOURCE_DATE_EPOCH, the latest date that what is made to be reproducible may have; zero when it is not set
+// (reproducible-builds.org/specs/source-date-epoch).
+func sourceDate() (time.Time, error) {
+	v := os.Getenv("SOURCE_DATE_EPOCH")
+	if v == "" {
+		return time.Time{}, nil
+	}
+	n, err := strconv.ParseInt(v, 10, 64)
+	if err != nil || n < 0 || n > maxSourceDate {
+		return time.Time{}, usagef("SOURCE_DATE_EPOCH=%s is not a number of seconds since 1970", v)
+	}
+	return time.Unix(n, 0).UTC(), nil
+}
+
+// maxSourceDate is the last second of the year 9999, in seconds since 1970.
+const maxSourceDate = 253402300799
+
+// clock is what new files and states say that the time is: SOURCE_DATE_EPOCH, or the time of day.
+func (inv *invocation) clock() time.Time {
+	if t, err := sourceDate(); err == nil && !t.IsZero() {
+		return t
+	}
+	return time.Now()
 }

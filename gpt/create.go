@@ -1,0 +1,556 @@
+package gpt
+
+import (
+	"bytes"
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"io"
+	"io/fs"
+	"slices"
+	"unicode/utf16"
+
+	diskfs "github.com/diskfs/go-diskfs/partition/gpt"
+	"github.com/google/uuid"
+
+	"espmirror/blockdev"
+)
+
+var (
+	// ErrNoRoom is returned when a partition does not fit on a disk, or a table has no entry left for it.
+	ErrNoRoom = errors.New("there is no room")
+
+	// ErrUnsound is returned by what changes a table that is not as it should be in all its parts. The table was not touched.
+	ErrUnsound = errors.New("the partition table is not sound")
+)
+
+// Align is the boundary, in bytes, at which partitions begin and end: a multiple of every physical sector, and of what
+// nearly all RAID stripes and erase blocks are made of.
+const Align = 1 << 20
+
+// maxName is the length of a partition's name in UTF-16 units. UEFI specification, "GPT Partition Entry".
+const maxName = 36
+
+// tableSize is the number of bytes of a new table's entry array: 128 entries, the least that the UEFI specification allows
+// ("GPT overview": at least 16,384 bytes).
+const tableSize = 128 * entrySize
+
+// Usable returns the range of a disk, in bytes, that a new table leaves to partitions.
+func Usable(size int64, sector int) (first, end int64) {
+	array := int64(tableSize)
+	return 2*int64(sector) + array, size/int64(sector)*int64(sector) - int64(sector) - array
+}
+
+// Extent is a range of bytes on a disk.
+type Extent struct{ Start, Size int64 }
+
+// End returns the first byte after the extent.
+func (e Extent) End() int64 { return e.Start + e.Size }
+
+// FreeExtents returns the aligned parts of a disk that no partition of t has, in their order. The last one ends where the
+// usable part ends, rounded down. t may be nil: then it is that of a new table. A table with Problems has entries that are
+// not among its partitions: what it leaves free is not to be relied on, and Insert refuses it.
+func FreeExtents(size int64, sector int, t *Table) []Extent {
+	first, end := Usable(size, sector)
+	var taken []Extent
+	if t != nil {
+		if t.first > 0 {
+			first, end = t.first, min(t.end, end)
+		}
+		for i := range t.Partitions {
+			taken = append(taken, Extent{t.Partitions[i].Start, t.Partitions[i].Size})
+		}
+	}
+	slices.SortFunc(taken, func(a, b Extent) int { return int(max(-1, min(1, a.Start-b.Start))) })
+	var free []Extent
+	add := func(from, to int64) {
+		from, to = (from+Align-1)/Align*Align, to/Align*Align
+		if from < to {
+			free = append(free, Extent{from, to - from})
+		}
+	}
+	for _, e := range taken {
+		add(first, min(e.Start, end))
+		first = max(first, e.End())
+	}
+	add(first, end)
+	return free
+}
+
+// Create gives a disk a new table with these partitions, of which Number, Type, GUID, Name, Start, Size and Attributes
+// count. The caller has cleared what was there: in the sectors of the headers and of the protective MBR are zeros.
+//
+// The bytes are go-diskfs's, the order is ours: first both entry arrays, which nobody takes for anything; then the primary
+// header, with which there is a table; then its backup; and last the protective MBR, without which firmware and Linux do
+// not look at the rest. So a cut leaves no table, or one that Read takes and Complete finishes.
+func Create(d blockdev.Device, disk uuid.UUID, parts []Partition) error {
+	w, err := planCreate(d.Size(), d.SectorSize(), disk, parts)
+	if err != nil {
+		return fmt.Errorf("cannot make a partition table: %w", err)
+	}
+	for _, step := range w {
+		for _, b := range step.writes {
+			if _, err := d.WriteAt(b.data, b.off); err != nil {
+				return fmt.Errorf("cannot write %s: %w", step.what, err)
+			}
+		}
+		// Barrier: each step is only of use behind the one before it.
+		if err := d.Flush(); err != nil {
+			return fmt.Errorf("cannot flush %s: %w", step.what, err)
+		}
+	}
+	return nil
+}
+
+// tableWrite is one write of a table; tableStep are those between two flushes.
+type tableWrite struct {
+	off  int64
+	data []byte
+}
+
+type tableStep struct {
+	what   string
+	writes []tableWrite
+}
+
+// planCreate has go-diskfs write the table into memory, checks it as any other table is checked, and puts the writes into
+// our order.
+func planCreate(size int64, sector int, disk uuid.UUID, parts []Partition) ([]tableStep, error) {
+	first, end := Usable(size, sector)
+	t := &diskfs.Table{LogicalSectorSize: sector, PhysicalSectorSize: sector, GUID: disk.String(), ProtectiveMBR: true}
+	for i := range parts {
+		p := &parts[i]
+		switch {
+		case p.Start < first || p.Size <= 0 || p.Start > end-p.Size:
+			return nil, fmt.Errorf("%w: partition %d, 0x%x bytes at 0x%x, is not between 0x%x and 0x%x", ErrNoRoom, p.Number, p.Size, p.Start, first, end)
+		case p.Start%int64(sector) != 0 || p.Size%int64(sector) != 0:
+			return nil, fmt.Errorf("%w: partition %d, 0x%x bytes at 0x%x, is not made of sectors of %d bytes", ErrNoRoom, p.Number, p.Size, p.Start, sector)
+		}
+		if err := CheckName(p.Name); err != nil { // the library panics
+			return nil, err
+		}
+		t.Partitions = append(t.Partitions, &diskfs.Partition{
+			Index: p.Number, Type: diskfs.Type(p.Type.String()), GUID: p.GUID.String(), Name: p.Name, Attributes: p.Attributes,
+			Start: uint64(p.Start) / uint64(sector), End: uint64(p.End())/uint64(sector) - 1,
+		})
+	}
+	m := &memDisk{size: size}
+	if err := t.Write(m, size); err != nil {
+		return nil, err
+	}
+	if len(m.writes) != 5 {
+		return nil, fmt.Errorf("internal error: go-diskfs wrote a table in %d pieces", len(m.writes))
+	}
+	o := blockdev.NewOverlay(blockdev.Blank(size, sector))
+	for _, w := range m.writes {
+		if _, err := o.WriteAt(w.data, w.off); err != nil {
+			return nil, fmt.Errorf("internal error: go-diskfs: %w", err)
+		}
+	}
+	// UEFI specification, "Protective MBR": the size is that of the disk, less the MBR, and FFFFFFFF where it does not fit;
+	// the library cuts the number off. The library leaves the CHS fields at zero too: 00 02 00 is the second sector.
+	mbr := make([]byte, sector)
+	copy(mbr[m.writes[0].off:], m.writes[0].data)
+	e := mbrEntry(mbr, 0)
+	copy(e[1:], []byte{0x00, 0x02, 0x00})
+	copy(e[5:], []byte{0xff, 0xff, 0xff})
+	binary.LittleEndian.PutUint32(e[12:], uint32(min(size/int64(sector)-1, 0xffffffff)))
+	if _, err := o.WriteAt(mbr, 0); err != nil {
+		return nil, fmt.Errorf("internal error: %w", err)
+	}
+	got, err := read(o)
+	if err == nil && len(got.Problems) > 0 {
+		err = errors.New(got.Problems[0])
+	}
+	if err == nil && (got.DiskGUID != disk || len(got.Partitions) != len(parts)) {
+		err = errors.New("it is not what was asked for")
+	}
+	if err != nil {
+		return nil, fmt.Errorf("internal error: the new table is not valid: %w", err)
+	}
+	for i := range parts {
+		p, q := &parts[i], got.Find(parts[i].Number)
+		if q == nil || q.Type != p.Type || q.GUID != p.GUID || q.Start != p.Start || q.Size != p.Size || q.Name != p.Name || q.Attributes != p.Attributes {
+			return nil, fmt.Errorf("internal error: partition %d of the new table is %+v, want %+v", p.Number, q, p)
+		}
+		if len(q.Overlaps) > 0 {
+			return nil, fmt.Errorf("%w: partitions %d and %d overlap", ErrNoRoom, q.Number, q.Overlaps[0])
+		}
+	}
+	return []tableStep{
+		{"the entry arrays", []tableWrite{m.writes[1], m.writes[3]}},
+		{"the primary header", []tableWrite{m.writes[4]}},
+		{"the backup header", []tableWrite{m.writes[2]}},
+		{"the protective MBR", []tableWrite{{0, mbr}}},
+	}, nil
+}
+
+// CheckName says what is wrong with the name of a partition; nil when nothing is.
+func CheckName(name string) error {
+	if n := len(utf16.Encode([]rune(name))); n > maxName {
+		return fmt.Errorf("cannot name a partition %q: it has %d UTF-16 units, at most %d fit", name, n, maxName)
+	}
+	return nil
+}
+
+// memDisk collects what go-diskfs writes: MBR, backup array and header, primary array and header.
+type memDisk struct {
+	size   int64
+	writes []tableWrite
+}
+
+func (m *memDisk) WriteAt(p []byte, off int64) (int, error) {
+	if err := blockdev.CheckRange(off, len(p), m.size); err != nil {
+		return 0, err
+	}
+	m.writes = append(m.writes, tableWrite{off, bytes.Clone(p)})
+	return len(p), nil
+}
+
+func (m *memDisk) Sync() error                       { return nil }
+func (m *memDisk) ReadAt([]byte, int64) (int, error) { return 0, errors.ErrUnsupported }
+func (m *memDisk) Read([]byte) (int, error)          { return 0, errors.ErrUnsupported }
+func (m *memDisk) Seek(int64, int) (int64, error)    { return 0, errors.ErrUnsupported }
+func (m *memDisk) Stat() (fs.FileInfo, error)        { return memInfo{m.size}, nil }
+func (m *memDisk) Close() error                      { return nil }
+
+// entryBytes encodes a partition as an entry of n bytes. UEFI specification, "GPT Partition Entry".
+func entryBytes(p *Partition, sector, n int) []byte {
+	e := make([]byte, n)
+	put := func(at int, g uuid.UUID) {
+		// The first three fields of a GUID are little endian on disk. UEFI specification, "EFI GUID".
+		for i, j := range [16]int{3, 2, 1, 0, 5, 4, 7, 6, 8, 9, 10, 11, 12, 13, 14, 15} {
+			e[at+i] = g[j]
+		}
+	}
+	le := binary.LittleEndian
+	put(offEntryType, p.Type)
+	put(offEntryGUID, p.GUID)
+	le.PutUint64(e[offEntryStart:], uint64(p.Start)/uint64(sector))
+	le.PutUint64(e[offEntryEnd:], uint64(p.End())/uint64(sector)-1)
+	le.PutUint64(e[offEntryAttributes:], p.Attributes)
+	for i, u := range utf16.Encode([]rune(p.Name)) {
+		le.PutUint16(e[offEntryName+2*i:], u)
+	}
+	return e
+}
+
+// Part of the on-disk format, as those in header.go.
+const (
+	offEntryAttributes = 48
+	offEntryName       = 56
+)
+
+// sound are both copies of a table that is as it should be.
+type sound struct {
+	primary, backup *header
+	sector          int
+}
+
+// readSound reads both copies of the GPT. They may differ only where the caller allows it, by looking at them.
+func readSound(d blockdev.Device, sector int) (s *sound, perr, berr error) {
+	s = &sound{sector: sector}
+	s.primary, perr = readHeader(d, sector, 1)
+	last := uint64(d.Size())/uint64(sector) - 1
+	alt := last
+	if perr == nil {
+		alt = s.primary.alt
+	}
+	if alt != last {
+		return s, perr, fmt.Errorf("the backup table is at LBA %d and not at the end of the disk, LBA %d", alt, last)
+	}
+	s.backup, berr = readHeader(d, sector, last)
+	return s, perr, berr
+}
+
+// Insert adds partitions to the GPT of a disk, one after the other, and returns their numbers: of each the first entry
+// that is free. Of each, Type, GUID, Name, Start, Size and Attributes count. The table is not written anew: one sector of
+// each entry array and both headers are patched, and all else stays as it is.
+//
+// The backup goes first, then the primary, each array before its header, each flushed. A cut leaves the old table or the
+// new one in at least one copy, and Complete finishes or takes back the rest. It returns ErrUnsound when a copy is
+// damaged or the two differ, and ErrNoRoom.
+func Insert(d blockdev.Device, t *Table, parts []Partition) ([]int, error) {
+	fail := func(err error) ([]int, error) {
+		return nil, fmt.Errorf("cannot add a partition to the table: %w", err)
+	}
+	if t.MBR || t.FromBackup || len(t.Problems) > 0 {
+		return fail(ErrUnsound)
+	}
+	var numbers []int
+	for i := range parts {
+		n, err := insert(d, t.SectorSize, &parts[i])
+		if err != nil {
+			return fail(err)
+		}
+		numbers = append(numbers, n)
+	}
+	return numbers, nil
+}
+
+func insert(d blockdev.Device, sector int, p *Partition) (int, error) {
+	s, perr, berr := readSound(d, sector)
+	if err := errors.Join(perr, berr); err != nil {
+		return 0, fmt.Errorf("%w: %w", ErrUnsound, err)
+	}
+	if !s.primary.sameTable(s.backup) {
+		return 0, fmt.Errorf("%w: the backup differs from the primary", ErrUnsound)
+	}
+	if err := CheckName(p.Name); err != nil {
+		return 0, err
+	}
+	h := s.primary
+	first, last := int64(h.first)*int64(sector), (int64(h.last)+1)*int64(sector)
+	if p.Start < first || p.Size <= 0 || p.Start > last-p.Size || p.Start%int64(sector) != 0 || p.Size%int64(sector) != 0 {
+		return 0, fmt.Errorf("%w: 0x%x bytes at 0x%x", ErrNoRoom, p.Size, p.Start)
+	}
+	slot := -1
+	le := binary.LittleEndian
+	for i := range h.count {
+		e := h.entry(i)
+		if allZero(e[offEntryType:offEntryGUID]) {
+			if slot < 0 {
+				slot = i
+			}
+			continue
+		}
+		start, end := le.Uint64(e[offEntryStart:]), le.Uint64(e[offEntryEnd:])
+		if start <= uint64(p.End())/uint64(sector)-1 && end >= uint64(p.Start)/uint64(sector) {
+			return 0, fmt.Errorf("%w: it would overlap partition %d", ErrNoRoom, i+1)
+		}
+	}
+	if slot < 0 {
+		return 0, fmt.Errorf("%w: all %d entries of the table are taken", ErrNoRoom, h.count)
+	}
+	return slot + 1, s.patch(d, slot, entryBytes(p, sector, h.entrySize))
+}
+
+// patch writes an entry into both copies: the backup, whatever its state, then the primary. Both are those of the primary
+// with that entry, so that a run that was cut is finished by the same call.
+func (s *sound) patch(d blockdev.Device, slot int, entry []byte) error {
+	h := s.primary
+	array := bytes.Clone(h.array)
+	copy(array[slot*h.entrySize:], entry)
+	for _, c := range []struct {
+		what string
+		h    *header
+	}{{"backup", s.backup}, {"primary", s.primary}} {
+		// An entry lies in one sector, or, where entries are longer, in several.
+		from := slot * h.entrySize / s.sector * s.sector
+		to := min(len(array), (slot*h.entrySize+h.entrySize+s.sector-1)/s.sector*s.sector)
+		off := int64(c.h.arrayLBA) * int64(s.sector)
+		if err := writeFlush(d, array[from:to], off+int64(from)); err != nil {
+			return fmt.Errorf("cannot write the entry into the %s table: %w", c.what, err)
+		}
+		if err := writeFlush(d, c.h.over(array), int64(c.h.my)*int64(s.sector)); err != nil {
+			return fmt.Errorf("cannot write the %s header: %w", c.what, err)
+		}
+	}
+	return nil
+}
+
+// over is the header's sector with the checksums for another entry array.
+func (h *header) over(array []byte) []byte {
+	raw := bytes.Clone(h.raw)
+	le := binary.LittleEndian
+	le.PutUint32(raw[offArrayCRC:], crc32.ChecksumIEEE(array))
+	le.PutUint32(raw[offCRC:], 0)
+	le.PutUint32(raw[offCRC:], crc32.ChecksumIEEE(raw[:le.Uint32(raw[offSize:])]))
+	return raw
+}
+
+func writeFlush(d blockdev.Device, b []byte, off int64) error {
+	if _, err := d.WriteAt(b, off); err != nil {
+		return err
+	}
+	// Barrier: the next write is only of use behind this one.
+	return d.Flush()
+}
+
+// Complete finishes what a Create or an Insert that was cut off left behind, and nothing else: it returns false, having
+// written nothing, when the table is sound, when there is none, and when it is in a state that no cut can explain.
+//
+// After a cut in Create the primary table is whole, the backup's array is there, and of the backup header and the MBR
+// those that are missing are zeros. After one in Insert the copies differ by one entry that one of them does not have; it
+// is finished where it has reached the primary, and taken back where it has not.
+func Complete(d blockdev.Device) (bool, error) {
+	for _, sector := range sectorSizes(d) {
+		for _, f := range []func(blockdev.Device, int) (bool, error){completeCreate, completeInsert} {
+			if done, err := f(d, sector); done || err != nil {
+				if err != nil {
+					err = fmt.Errorf("cannot finish the partition table: %w", err)
+				}
+				return done, err
+			}
+		}
+	}
+	return false, nil
+}
+
+// sectorZero says whether a sector reads as zeros.
+func sectorZero(d blockdev.Device, sector int, lba uint64) bool {
+	b := make([]byte, sector)
+	_, err := d.ReadAt(b, int64(lba)*int64(sector))
+	return err == nil && allZero(b)
+}
+
+func completeCreate(d blockdev.Device, sector int) (bool, error) {
+	s, perr, berr := readSound(d, sector)
+	if perr != nil {
+		return false, nil
+	}
+	h := s.primary
+	noMBR := sectorZero(d, sector, 0)
+	if berr == nil && (!noMBR || !h.sameTable(s.backup)) {
+		return false, nil
+	}
+	if berr != nil {
+		// The MBR is written after the backup.
+		blocks := uint64(len(h.array)+sector-1) / uint64(sector)
+		array := make([]byte, len(h.array))
+		if !noMBR || h.alt != uint64(d.Size())/uint64(sector)-1 || h.alt <= blocks || !sectorZero(d, sector, h.alt) {
+			return false, nil
+		}
+		if _, err := d.ReadAt(array, int64(h.alt-blocks)*int64(sector)); err != nil || !bytes.Equal(array, h.array) {
+			return false, nil
+		}
+		b := *h
+		b.raw = bytes.Clone(h.raw)
+		le := binary.LittleEndian
+		le.PutUint64(b.raw[offMyLBA:], h.alt)
+		le.PutUint64(b.raw[offAlternate:], h.my)
+		le.PutUint64(b.raw[offArray:], h.alt-blocks)
+		if err := writeFlush(d, b.over(h.array), int64(h.alt)*int64(sector)); err != nil {
+			return false, err
+		}
+	}
+	mbr := make([]byte, sector)
+	copy(mbr[mbrEntries:], []byte{0, 0, 2, 0, mbrTypeGPT, 0xff, 0xff, 0xff, 1, 0, 0, 0})
+	binary.LittleEndian.PutUint32(mbr[mbrEntries+12:], uint32(min(h.alt, 0xffffffff)))
+	mbr[510], mbr[511] = 0x55, 0xaa
+	return true, writeFlush(d, mbr, 0)
+}
+
+// lax is a header whose own CRC is right, with the array that is there, whatever its CRC.
+func lax(d blockdev.Device, sector int, lba uint64) *header {
+	if _, err := readHeader(d, sector, lba); err == nil {
+		h, _ := readHeader(d, sector, lba)
+		return h
+	}
+	// Give the header the checksum of what is there, in memory, and let the same checks see it.
+	o := blockdev.NewOverlay(d)
+	raw := make([]byte, sector)
+	if _, err := d.ReadAt(raw, int64(lba)*int64(sector)); err != nil || !bytes.HasPrefix(raw, []byte(signature)) {
+		return nil
+	}
+	le := binary.LittleEndian
+	size := le.Uint32(raw[offSize:])
+	if size < headerSize || size > uint32(sector) {
+		return nil
+	}
+	sum := bytes.Clone(raw[:size])
+	clear(sum[offCRC : offCRC+4])
+	count, each := le.Uint32(raw[offCount:]), le.Uint32(raw[offEntrySize:])
+	at := le.Uint64(raw[offArray:])
+	sectors := uint64(d.Size()) / uint64(sector)
+	if crc32.ChecksumIEEE(sum) != le.Uint32(raw[offCRC:]) || count < 1 || count > maxEntries || each < entrySize || each > maxEntrySize || at >= sectors {
+		return nil
+	}
+	array := make([]byte, int(count)*int(each))
+	if _, err := d.ReadAt(array, int64(at)*int64(sector)); err != nil {
+		return nil
+	}
+	if _, err := o.WriteAt((&header{raw: raw}).over(array), int64(lba)*int64(sector)); err != nil {
+		return nil
+	}
+	h, err := readHeader(o, sector, lba)
+	if err != nil {
+		return nil
+	}
+	h.raw = raw
+	return h
+}
+
+// extra finds the one entry that more has and less has not, for an ESP or XBOOTLDR partition. -1: they differ otherwise.
+func extra(more, less *header) int {
+	if more.count != less.count || more.entrySize != less.entrySize {
+		return -1
+	}
+	slot := -1
+	for i := range more.count {
+		if bytes.Equal(more.entry(i), less.entry(i)) {
+			continue
+		}
+		if slot >= 0 || !allZero(less.entry(i)) {
+			return -1
+		}
+		slot = i
+	}
+	if slot < 0 {
+		return -1
+	}
+	for _, typ := range []uuid.UUID{TypeESP, TypeXBOOTLDR} {
+		if bytes.Equal(more.entry(slot)[:16], entryBytes(&Partition{Type: typ, Size: 512}, 512, entrySize)[:16]) {
+			return slot
+		}
+	}
+	return -1
+}
+
+func completeInsert(d blockdev.Device, sector int) (bool, error) {
+	sectors := uint64(d.Size()) / uint64(sector)
+	if sectors < 3 {
+		return false, nil
+	}
+	p, b := lax(d, sector, 1), lax(d, sector, sectors-1)
+	if p == nil || b == nil || p.alt != b.my || !bytes.Equal(p.raw[offFirst:offArray], b.raw[offFirst:offArray]) {
+		return false, nil
+	}
+	crc := func(h *header) uint32 { return binary.LittleEndian.Uint32(h.raw[offArrayCRC:]) }
+	sum := func(h *header) uint32 { return crc32.ChecksumIEEE(h.array) }
+	if crc(p) == sum(p) {
+		// It has not reached the primary, which is whole, and the backup is made like it again.
+		slot := extra(b, p)
+		if slot < 0 || crc(b) != sum(b) && crc(b) != crc(p) {
+			return false, nil
+		}
+		s := &sound{primary: p, backup: b, sector: sector}
+		return true, s.patch(d, slot, p.entry(slot))
+	}
+	if crc(b) != sum(b) || !bytes.Equal(p.array, b.array) {
+		return false, nil
+	}
+	// The primary's entry is there and its header is not: it is that of one entry less.
+	for slot := range p.count {
+		old := *p
+		old.array = bytes.Clone(p.array)
+		clear(old.entry(slot))
+		if extra(p, &old) != slot || sum(&old) != crc(p) {
+			continue
+		}
+		return true, writeFlush(d, p.over(p.array), int64(sector))
+	}
+	return false, nil
+}
+
+// DeriveGUID returns the GUID that belongs to a seed and a name: always the same one, and another one for another seed or
+// name (RFC 9562, "UUID Version 8", with SHA-256).
+func DeriveGUID(seed, name string) uuid.UUID {
+	sum := sha256.Sum256(fmt.Appendf(nil, "espmirror guid 1\x00%d\x00%s\x00%s", len(seed), seed, name))
+	var g uuid.UUID
+	copy(g[:], sum[:])
+	g[6] = g[6]&0x0f | 0x80
+	g[8] = g[8]&0x3f | 0x80
+	return g
+}
+
+// GUIDFrom returns a GUID made of 16 bytes of r (RFC 9562, "UUID Version 4"); nil is the system's random numbers.
+func GUIDFrom(r io.Reader) (uuid.UUID, error) {
+	if r == nil {
+		r = rand.Reader
+	}
+	return uuid.NewRandomFromReader(r)
+}

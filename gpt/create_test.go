@@ -1,0 +1,385 @@
+package gpt
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/google/uuid"
+
+	"espmirror/blockdev"
+	"espmirror/fixtures"
+)
+
+var sectors = []int{512, 4096}
+
+func layoutOf(size int64) []Partition {
+	return []Partition{
+		{Number: 1, Type: TypeESP, GUID: DeriveGUID("t", "esp"), Name: "EFI system partition", Start: 1 << 20, Size: 4 << 20},
+		{Number: 3, Type: TypeXBOOTLDR, GUID: DeriveGUID("t", "boot"), Name: "𝄞 boot", Start: 5 << 20, Size: 2 << 20, Attributes: 4},
+	}
+}
+
+// judged writes a device to a file and has sgdisk look at it.
+func judged(t *testing.T, d blockdev.Device, want ...string) {
+	t.Helper()
+	if d.SectorSize() != 512 {
+		return // sgdisk takes an image for a disk with sectors of 512 bytes; the loop tests have the others
+	}
+	b := make([]byte, d.Size())
+	if _, err := d.ReadAt(b, 0); err != nil {
+		t.Fatal(err)
+	}
+	file := filepath.Join(t.TempDir(), "disk")
+	if err := os.WriteFile(file, b, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	out, err := exec.Command("sgdisk", "-v", "-p", file).CombinedOutput()
+	if errors.Is(err, exec.ErrNotFound) {
+		t.Skip("sgdisk is not installed")
+	}
+	fixtures.Count("volumes judged by sgdisk", 1)
+	if err != nil || !strings.Contains(string(out), "No problems found") {
+		t.Errorf("sgdisk: %v\n%s", err, out)
+	}
+	for _, w := range want {
+		if !strings.Contains(string(out), w) {
+			t.Errorf("no %q in\n%s", w, out)
+		}
+	}
+}
+
+func TestCreate(t *testing.T) {
+	for _, sector := range sectors {
+		mem := blockdev.NewMem(make([]byte, 8<<20), sector)
+		disk := DeriveGUID("t", "disk")
+		if err := Create(mem, disk, layoutOf(8<<20)); err != nil {
+			t.Fatal(err)
+		}
+		table, err := Read(mem)
+		if err != nil || len(table.Problems) > 0 || table.DiskGUID != disk || len(table.Partitions) != 2 {
+			t.Fatal(err, table)
+		}
+		if p := table.Find(3); p.Name != "𝄞 boot" || p.Attributes != 4 || p.GUID != DeriveGUID("t", "boot") || p.Size != 2<<20 {
+			t.Errorf("%+v", p)
+		}
+		judged(t, mem, "EFI system partition", strings.ToUpper(disk.String()))
+		if done, err := Complete(mem); done || err != nil {
+			t.Error("a sound table was completed:", err)
+		}
+	}
+}
+
+func TestCreateRefuses(t *testing.T) {
+	for _, tc := range []struct {
+		p    Partition
+		want string
+	}{
+		{Partition{Number: 1, Start: 512, Size: 1 << 20}, "is not between"},
+		{Partition{Number: 1, Start: 1 << 20, Size: 7 << 20}, "is not between"},
+		{Partition{Number: 1, Start: 1 << 20, Size: 0}, "is not between"},
+		{Partition{Number: 1, Start: 1<<20 + 100, Size: 1 << 20}, "sectors of 512"},
+		{Partition{Number: 1, Start: 1 << 20, Size: 1 << 20, Name: strings.Repeat("𝄞", 19)}, "38 UTF-16 units"},
+		{Partition{Number: 200, Start: 1 << 20, Size: 1 << 20}, "invalid index"},
+		{Partition{Number: 3, Start: 6 << 20, Size: 1 << 20}, "overlap"},
+	} {
+		mem := blockdev.NewMem(make([]byte, 8<<20), 512)
+		tc.p.Type, tc.p.GUID = TypeESP, DeriveGUID("t", "x")
+		parts := []Partition{tc.p}
+		if tc.want == "overlap" {
+			parts = append(parts, tc.p)
+			parts[1].Number, parts[1].GUID = 4, DeriveGUID("t", "y")
+		}
+		err := Create(mem, DeriveGUID("t", "disk"), parts)
+		if err == nil || !strings.Contains(err.Error(), tc.want) {
+			t.Errorf("%+v: %v", tc.p, err)
+		}
+		if !blockdev.Zero(mem.Bytes()) {
+			t.Error("something was written")
+		}
+	}
+	if err := Create(blockdev.NewMem(make([]byte, 8192), 512), uuid.Nil, layoutOf(0)); !errors.Is(err, ErrNoRoom) {
+		t.Error(err)
+	}
+}
+
+// TestCreateCut: after a cut between any two writes, with any subset of those of an epoch, there is no table, or a whole
+// one; and Complete makes that sound.
+func TestCreateCut(t *testing.T) {
+	for _, sector := range sectors {
+		base := fixtures.Image(make([]byte, 8<<20))
+		rec := fixtures.NewRecorder(base, sector)
+		if err := Create(rec, DeriveGUID("t", "disk"), layoutOf(8<<20)); err != nil {
+			t.Fatal(err)
+		}
+		without, with := 0, 0
+		_, err := rec.Recording().Explore(fixtures.CrashOptions{Limit: 64, Random: 40}, func(s *fixtures.State) error {
+			table, err := Read(s)
+			found, rerr := Recognise(s)
+			if rerr != nil {
+				return rerr
+			}
+			if err != nil {
+				without++
+				if !errors.Is(err, ErrNoTable) || len(found) > 0 {
+					return fmt.Errorf("no table, but %v: %w", found, err)
+				}
+				return nil
+			}
+			with++
+			if len(table.Partitions) != 2 {
+				return fmt.Errorf("%+v", table)
+			}
+			unsound := len(table.Problems) > 0
+			done, err := Complete(s)
+			if err != nil || done != unsound {
+				return fmt.Errorf("completed %v, unsound %v: %w", done, unsound, err)
+			}
+			if table, err = Read(s); err != nil || len(table.Problems) > 0 {
+				return fmt.Errorf("not completed: %+v: %w", table, err)
+			}
+			return nil
+		})
+		if err != nil || without == 0 || with < 3 {
+			t.Error(err, without, with)
+		}
+	}
+}
+
+func madeDisk(t *testing.T, sector int) []byte {
+	t.Helper()
+	mem := blockdev.NewMem(make([]byte, 8<<20), sector)
+	if err := Create(mem, DeriveGUID("t", "disk"), layoutOf(8 << 20)[:1]); err != nil {
+		t.Fatal(err)
+	}
+	return mem.Bytes()
+}
+
+func TestInsert(t *testing.T) {
+	for _, sector := range sectors {
+		data := madeDisk(t, sector)
+		// What nobody defined, and the boot code in the MBR, stay.
+		copy(data[100:], "boot code")
+		mem := blockdev.NewMem(data, sector)
+		before := bytes.Clone(data)
+		table, err := Read(mem)
+		if err != nil {
+			t.Fatal(err)
+		}
+		free := FreeExtents(mem.Size(), sector, table)
+		if len(free) != 1 || free[0] != (Extent{5 << 20, 2 << 20}) {
+			t.Fatal(free)
+		}
+		p := Partition{Type: TypeXBOOTLDR, GUID: DeriveGUID("t", "new"), Name: "new", Start: 5 << 20, Size: 2 << 20}
+		numbers, err := Insert(mem, table, []Partition{p})
+		if err != nil || len(numbers) != 1 || numbers[0] != 2 {
+			t.Fatal(numbers, err)
+		}
+		if table, err = Read(mem); err != nil || len(table.Problems) > 0 || len(table.Partitions) != 2 || table.Find(2).GUID != p.GUID || table.Find(2).Name != "new" {
+			t.Fatalf("%+v %v", table, err)
+		}
+		judged(t, mem, "new", "EFI system partition")
+		// Only the entry and the checksums have changed.
+		n := 0
+		for i := range data {
+			if data[i] != before[i] {
+				n++
+			}
+		}
+		if n == 0 || n > 2*(entrySize+8) {
+			t.Errorf("%d bytes have changed", n)
+		}
+		// The bytes are those that go-diskfs makes of the same partition.
+		ref := blockdev.NewMem(make([]byte, 8<<20), sector)
+		p.Number = 2
+		if err := Create(ref, DeriveGUID("t", "disk"), append(layoutOf(0)[:1], p)); err != nil {
+			t.Fatal(err)
+		}
+		copy(ref.Bytes()[100:], "boot code")
+		if !bytes.Equal(ref.Bytes(), data) {
+			t.Error("the table is not that which go-diskfs makes")
+		}
+	}
+}
+
+func TestInsertRefuses(t *testing.T) {
+	p := Partition{Type: TypeESP, GUID: DeriveGUID("t", "new"), Start: 5 << 20, Size: 2 << 20}
+	for name, tc := range map[string]struct {
+		damage func(b []byte)
+		p      func(*Partition)
+		want   error
+	}{
+		"backup damaged":  {damage: func(b []byte) { b[len(b)-512+60]++ }, want: ErrUnsound},
+		"primary damaged": {damage: func(b []byte) { b[512+60]++ }, want: ErrUnsound},
+		"no MBR":          {damage: func(b []byte) { clear(b[:512]) }, want: ErrUnsound},
+		"overlap":         {p: func(p *Partition) { p.Start = 4 << 20 }, want: ErrNoRoom},
+		"behind the end":  {p: func(p *Partition) { p.Size = 3 << 20 }, want: ErrNoRoom},
+		"in the table":    {p: func(p *Partition) { p.Start, p.Size = 512, 1024 }, want: ErrNoRoom},
+		"not a sector":    {p: func(p *Partition) { p.Size = 1000 }, want: ErrNoRoom},
+	} {
+		t.Run(name, func(t *testing.T) {
+			data := madeDisk(t, 512)
+			if tc.damage != nil {
+				tc.damage(data)
+			}
+			q := p
+			if tc.p != nil {
+				tc.p(&q)
+			}
+			before := bytes.Clone(data)
+			mem := blockdev.NewMem(data, 512)
+			table, err := Read(mem)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := Insert(mem, table, []Partition{q}); !errors.Is(err, tc.want) {
+				t.Error(err)
+			}
+			if !bytes.Equal(before, data) {
+				t.Error("something was written")
+			}
+		})
+	}
+	// A table without a free entry.
+	mem := blockdev.NewMem(make([]byte, 160<<20), 512)
+	var parts []Partition
+	for i := range 128 {
+		parts = append(parts, Partition{Number: i + 1, Type: TypeESP, GUID: DeriveGUID("t", fmt.Sprint(i)), Start: int64(i+1) << 20, Size: 1 << 20})
+	}
+	if err := Create(mem, uuid.Max, parts); err != nil {
+		t.Fatal(err)
+	}
+	table, _ := Read(mem)
+	p.Start = 150 << 20
+	if _, err := Insert(mem, table, []Partition{p}); !errors.Is(err, ErrNoRoom) || !strings.Contains(err.Error(), "all 128 entries") {
+		t.Error(err)
+	}
+}
+
+// TestInsertCut: after any cut Read gives the old table or the new one; Complete makes it sound, and is done then.
+func TestInsertCut(t *testing.T) {
+	for _, sector := range sectors {
+		data := madeDisk(t, sector)
+		rec := fixtures.NewRecorder(fixtures.Image(data), sector)
+		table, err := Read(rec)
+		if err != nil {
+			t.Fatal(err)
+		}
+		parts := []Partition{
+			{Type: TypeXBOOTLDR, GUID: DeriveGUID("t", "b"), Start: 5 << 20, Size: 1 << 20},
+			{Type: TypeESP, GUID: DeriveGUID("t", "a"), Start: 6 << 20, Size: 1 << 20},
+		}
+		if _, err := Insert(rec, table, parts); err != nil {
+			t.Fatal(err)
+		}
+		seen := map[int]int{}
+		last := 0
+		_, err = rec.Recording().Explore(fixtures.CrashOptions{}, func(s *fixtures.State) error {
+			table, err := Read(s)
+			if err != nil {
+				return err
+			}
+			n := len(table.Partitions)
+			if seen[n]++; n < last || n > last+1 && last > 0 {
+				return fmt.Errorf("%d partitions after %d", n, last)
+			}
+			last = max(last, n)
+			unsound := len(table.Problems) > 0
+			done, err := Complete(s)
+			if err != nil || done != unsound {
+				return fmt.Errorf("completed %v, but %q: %w", done, table.Problems, err)
+			}
+			if table, err = Read(s); err != nil || len(table.Problems) > 0 || len(table.Partitions) != n {
+				return fmt.Errorf("not completed: %+v: %w", table, err)
+			}
+			if done, err := Complete(s); done || err != nil {
+				return fmt.Errorf("completed twice: %w", err)
+			}
+			return nil
+		})
+		if err != nil || seen[1] < 3 || seen[2] < 4 || seen[3] < 2 {
+			t.Error(err, seen)
+		}
+	}
+}
+
+// TestCompleteLeavesAlone: damage that no cut explains is nobody's to mend here.
+func TestCompleteLeavesAlone(t *testing.T) {
+	for name, damage := range map[string]func(b []byte){
+		"backup zeroed, MBR there": func(b []byte) { clear(b[len(b)-512:]) },
+		"backup garbage":           func(b []byte) { copy(b[len(b)-512:], "garbage"); clear(b[:512]) },
+		"no arrays":                func(b []byte) { clear(b[len(b)-512:]); clear(b[len(b)-33*512:]); clear(b[:512]) },
+		"primary header flipped":   func(b []byte) { b[512+57]++ },
+		"primary entry flipped":    func(b []byte) { b[1024+20]++ },
+		"backup entry flipped":     func(b []byte) { b[len(b)-33*512+20]++ },
+		"backup entry gone":        func(b []byte) { clear(b[len(b)-33*512:][:128]) },
+		"two entries more":         func(b []byte) { copy(b[len(b)-33*512+256:], b[1024:1152]); copy(b[len(b)-33*512+512:], b[1024:1152]) },
+		"another type":             func(b []byte) { copy(b[len(b)-33*512+256:], b[1024:1152]); b[len(b)-33*512+256]++ },
+		"everything gone":          func(b []byte) { clear(b) },
+		"headers cut off":          func(b []byte) { binary.LittleEndian.PutUint32(b[512+offCount:], 0xffffffff) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			data := madeDisk(t, 512)
+			damage(data)
+			before := bytes.Clone(data)
+			if done, err := Complete(blockdev.NewMem(data, 512)); done || err != nil || !bytes.Equal(data, before) {
+				t.Error(done, err, bytes.Equal(data, before))
+			}
+		})
+	}
+}
+
+func FuzzComplete(f *testing.F) {
+	f.Add([]byte{}, uint64(1))
+	f.Fuzz(func(t *testing.T, patch []byte, at uint64) {
+		mem := blockdev.NewMem(make([]byte, 128<<10), 512)
+		if err := Create(mem, uuid.Max, []Partition{{Number: 1, Type: TypeESP, GUID: uuid.Max, Start: 34 * 512, Size: 512}}); err != nil {
+			t.Fatal(err)
+		}
+		b := mem.Bytes()
+		r := rand.New(rand.NewPCG(at, 1))
+		for _, v := range patch {
+			places := []int{446 + r.IntN(66), 512 + r.IntN(92), 1024 + r.IntN(300), len(b) - 512 + r.IntN(92), len(b) - 33*512 + r.IntN(300)}
+			b[places[r.IntN(len(places))]] = v
+		}
+		if done, err := Complete(mem); err != nil {
+			t.Fatal(err)
+		} else if done {
+			if table, err := Read(mem); err != nil || table.FromBackup {
+				t.Fatalf("%+v %v", table, err)
+			}
+		}
+	})
+}
+
+func TestFreeExtents(t *testing.T) {
+	table := &Table{Partitions: []Partition{{Start: 1 << 20, Size: 1<<20 + 512}, {Start: 6 << 20, Size: 1 << 20}}}
+	got := FreeExtents(10<<20, 512, table)
+	if len(got) != 2 || got[0] != (Extent{3 << 20, 3 << 20}) || got[1] != (Extent{7 << 20, 2 << 20}) {
+		t.Error(got)
+	}
+	if got := FreeExtents(1<<20, 512, nil); len(got) != 0 {
+		t.Error(got)
+	}
+	if got := FreeExtents(64<<20+512, 4096, nil); len(got) != 1 || got[0] != (Extent{1 << 20, 62 << 20}) {
+		t.Error(got)
+	}
+}
+
+func TestDeriveGUID(t *testing.T) {
+	a := DeriveGUID("a", "bc")
+	if a == DeriveGUID("ab", "c") || a != DeriveGUID("a", "bc") || a.Version() != 8 || a.Variant() != uuid.RFC4122 {
+		t.Error(a)
+	}
+	// Part of what makes images reproducible: never to be changed.
+	if want := "678af48d-c117-8de4-8fef-da8cc8e4dea4"; a.String() != want {
+		t.Errorf("%s, want %s", a, want)
+	}
+}

@@ -1,0 +1,53 @@
+package replicate
+
+import (
+	"io"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+)
+
+func TestAdapt(t *testing.T) {
+	dir := t.TempDir()
+	for name, text := range map[string]string{"loader/Esp-Sync": "old", "loader/loader.conf": "timeout 1\n", "EFI/Linux/a.efi": "MZ"} {
+		name = filepath.Join(dir, name)
+		if err := os.MkdirAll(filepath.Dir(name), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(name, []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	src, err := OpenDirSource(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer src.Close()
+	latest := time.Date(2001, 2, 3, 4, 5, 6, 0, time.UTC)
+	got := Adapt(src, latest)
+	if m := got.Root().lookup("EFI/Linux/a.efi").Meta; !m.Modified.Equal(latest) || !m.Created.Equal(latest) {
+		t.Error(m)
+	}
+	if src.Root().lookup("EFI/Linux/a.efi").Meta.Modified.Equal(latest) {
+		t.Error("the source itself was changed")
+	}
+	if Adapt(src, time.Time{}) != src {
+		t.Error("without a time there is nothing to adapt")
+	}
+	r, err := got.Open(got.Root().lookup("loader/loader.conf"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if b, err := io.ReadAll(r); err != nil || string(b) != "timeout 1\n" {
+		t.Errorf("%q %v", b, err)
+	}
+	r.Close()
+	// Two directories and three files of a cluster each.
+	if n, err := (Selection{Select: []string{"loader", "EFI/Linux"}}).Bytes(src, 4096); err != nil || n != 5*4096 {
+		t.Error(n, err)
+	}
+	if _, err := (Selection{Select: []string{"nothing"}}).Bytes(src, 4096); err == nil {
+		t.Error("an empty selection has a size")
+	}
+}
