@@ -449,7 +449,7 @@ func TestEarlyLimit(t *testing.T) {
 
 	// One that hears is stopped between two steps, and has its report.
 	r.worker("slow")
-	res := run(limit, limit+4*time.Second).want(exitPartial).has("warning: the time limit of 1.2s is over: ", "espmirror.limit=2min")
+	res := run(limit, limit+4*time.Second).want(exitPartial).has("warning: the time limit of 1.2s is over: ", "espmirror.limit=1min")
 	if text, _, _ := res.lastLine(); !strings.HasPrefix(text, "stopped; recovered 0, ") {
 		t.Error(text)
 	}
