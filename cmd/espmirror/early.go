@@ -139,6 +139,7 @@ func (inv *invocation) early() (report, error) {
 	p.override(o)
 
 	rep := &earlyReport{Mode: p.mode, Volumes: []earlyVolume{}}
+	looked := false
 	if _, err := gpt.Booted(inv.system); p.mode == earlyOff {
 		rep.Nothing = "the kernel command line says espmirror=no"
 	} else if errors.Is(err, gpt.ErrNoVariables) {
@@ -147,12 +148,13 @@ func (inv *invocation) early() (report, error) {
 	} else if err != nil {
 		rep.Nothing = err.Error()
 	} else {
-		rep = inv.supervise(p)
+		rep, looked = inv.supervise(p), true
 	}
 	rep.Seconds = time.Since(start).Seconds()
 	rep.tell(inv.log)
 	if p.mode != earlyOff {
-		inv.leaveWord(rep.Error == nil)
+		// An initramfs in which nobody can tell what was booted has looked at nothing; the system may know better.
+		inv.leaveWord(looked && rep.Error == nil)
 	}
 	if rep.Error == nil {
 		return rep, nil

@@ -155,7 +155,7 @@ func (r *earlyReport) stopLate(limit time.Duration, left bool) {
 		text += ", and a disk does not answer"
 	}
 	r.stop(&jsonError{Message: text + ": what was under way is stopped, which harms nothing, and the next run finishes it",
-		Hint: "espmirror.limit=2min on the kernel command line gives more time, espmirror=no does without", Exit: exitPartial})
+		Hint: "espmirror.limit=1min on the kernel command line gives more time, espmirror=no does without", Exit: exitPartial})
 }
 
 // unsupervised does the work in this process. It ends between two steps when the time is over, and so not while a disk

@@ -453,6 +453,23 @@ func TestQueueBackground(t *testing.T) {
 	})
 }
 
+// TestQueueHoldsNothing: a package manager that reads what a hook prints, as pacman does, or debconf's descriptor 3, waits
+// until the last process has closed it. What hangs, or runs in the background, must not be one.
+func TestQueueHoldsNothing(t *testing.T) {
+	t.Parallel()
+	forShells(t, func(t *testing.T, shell []string) {
+		for _, args := range []string{"--last", ""} {
+			m := newMachine(t)
+			m.write("reader", "#!/bin/sh\nx=$(\"$@\" 3>&1 2>&1)\necho \"$x\"\n", 0o755)
+			m.env = append(m.env, "ESPMIRROR_SYNC_SECONDS=1")
+			m.write(token+"/usr/sbin/espmirror", "#!/bin/sh\ntrap '' TERM\necho something\nsleep 12\n", 0o755) // in the kernel
+			if out := m.run(soon, nil, slices.Concat([]string{m.path("reader")}, shell, []string{m.lib("queue-sync"), args})...); args != "" && !strings.Contains(out, "something") {
+				t.Errorf("says %q", out)
+			}
+		}
+	})
+}
+
 // TestQueueJobDied: a job that was killed does not keep later ones from running.
 func TestQueueJobDied(t *testing.T) {
 	t.Parallel()

@@ -231,6 +231,7 @@ func TestPackageDebian(t *testing.T) {
 		data, _ := os.ReadFile(root + name)
 		return string(data)
 	}
+	pid := 0 // of the last dpkg
 	dpkg := func(args ...string) string {
 		t.Helper()
 		cmd := exec.Command("dpkg", append([]string{"--root=" + root, "--force-depends", "--force-unsafe-io"}, args...)...)
@@ -239,6 +240,7 @@ func TestPackageDebian(t *testing.T) {
 		if err != nil {
 			t.Fatalf("dpkg %q: %v\n%s", args, err, out)
 		}
+		pid = cmd.Process.Pid
 		return string(out)
 	}
 	enabled := func() (links []string) {
@@ -277,6 +279,9 @@ func TestPackageDebian(t *testing.T) {
 		out := dpkg(args...)
 		if !isThere(root+"/run/espmirror/pending") || !strings.Contains(out, "Processing triggers for espmirror") || strings.Contains(read("/log"), "early") {
 			t.Errorf("dpkg %q: asked for a sync: %v, log %q\n%s", args, isThere(root+"/run/espmirror/pending"), read("/log"), out)
+		}
+		if waits, _ := filepath.Glob(root + "/run/espmirror/wait.*"); len(waits) != 1 || read(strings.TrimPrefix(waits[0], root)) != fmt.Sprintf("pid %d\n", pid) {
+			t.Errorf("dpkg %q was process %d, and the sync waits for %q", args, pid, waits)
 		}
 	}
 

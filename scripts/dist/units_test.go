@@ -1,6 +1,7 @@
 package dist
 
 import (
+	"fmt"
 	"maps"
 	"os"
 	"os/exec"
@@ -9,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 )
 
 // unit is a unit file: "Section.Name" → its values, in order.
@@ -103,6 +105,11 @@ func TestPathConditions(t *testing.T) {
 			}
 		}
 	}
+	// Of what changes while the service of PathChanged= runs nothing is seen, so that must be over at once, and never too often.
+	watch := all[all["espmirror-watch.path"].words("Path.Unit")[0]]
+	if fmt.Sprint(watch["Service.ExecStart"]) != "[-@LIBDIR@/queue-sync --last]" || fmt.Sprint(watch["Unit.StartLimitIntervalSec"]) != "[0]" {
+		t.Errorf("espmirror-watch.path starts %q, limit %q", watch["Service.ExecStart"], watch["Unit.StartLimitIntervalSec"])
+	}
 	sync := all["espmirror-sync.service"]
 	if len(sync.conditions()) < 3 {
 		t.Errorf("espmirror-sync.service has only %q", sync.conditions())
@@ -113,6 +120,54 @@ func TestPathConditions(t *testing.T) {
 	}
 	if sync["Unit.StartLimitBurst"] == nil || sync["Unit.StartLimitIntervalSec"] == nil {
 		t.Error("espmirror-sync.service has the usual start limit: five kernels in ten seconds, and no more syncs")
+	}
+}
+
+// TestUnitsOff: what turns `early` off turns off every unit that writes.
+func TestUnitsOff(t *testing.T) {
+	t.Parallel()
+	off := []string{"!espmirror=no", "!espmirror=off", "!espmirror=0"} // cmd/espmirror/cmdline.go
+	for name, u := range units(t) {
+		if got := u["Unit.ConditionKernelCommandLine"]; !slices.Equal(got, off) && !strings.HasPrefix(name, "espmirror-verify.") {
+			t.Errorf("%s has %q, not %q", name, got, off)
+		}
+		if strings.Contains(strings.Join(u["Service.ExecStart"], ""), "espmirror early") && !slices.Contains(u["Unit.ConditionPathExists"], "!/proc/vmcore") {
+			t.Errorf("%s writes to disks from a crash kernel", name)
+		}
+	}
+}
+
+// TestSecondLine: the program ends by itself before systemd or initrd-run end it, also with the limit that it recommends.
+// A unit that systemd ends has failed, and spoils the assessment of the boot.
+func TestSecondLine(t *testing.T) {
+	t.Parallel()
+	source, err := os.ReadFile("../../cmd/espmirror/supervise.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := regexp.MustCompile(`"espmirror\.limit=(\d+)(s|min) on`).FindSubmatch(source)
+	if m == nil {
+		t.Fatal("no limit is recommended any more")
+	}
+	recommended, err := time.ParseDuration(strings.Replace(string(m[1])+string(m[2]), "min", "m", 1))
+	if err != nil {
+		t.Fatal(err)
+	}
+	script, _ := os.ReadFile("../lib/initrd-run")
+	seconds := regexp.MustCompile(`ESPMIRROR_EARLY_SECONDS:-(\d+)`).FindSubmatch(script)
+	limits := map[string]string{"initrd-run": string(seconds[1]) + "s"}
+	for name, u := range units(t) {
+		if strings.Contains(strings.Join(u["Service.ExecStart"], ""), "espmirror early") {
+			limits[name] = u.words("Service.TimeoutStartSec")[0]
+		}
+	}
+	if len(limits) != 3 {
+		t.Errorf("found only %v", limits)
+	}
+	for name, text := range limits {
+		if limit, err := time.ParseDuration(text); err != nil || limit < recommended+10*time.Second {
+			t.Errorf("%s ends after %s, and %v is recommended", name, text, recommended)
+		}
 	}
 }
 
@@ -246,7 +301,7 @@ func TestPreset(t *testing.T) {
 // TestCommandLines gives the command lines of units and scripts to the program itself, in a root where there is nothing.
 func TestCommandLines(t *testing.T) {
 	t.Parallel()
-	lines := map[string]bool{syncCall: true, "early --kmsg": true}
+	lines := map[string]bool{syncCall: true, "early --kmsg": true, "early --kmsg --timeout 0s --limit 10s": true}
 	for name, u := range units(t) {
 		for key, values := range u {
 			for _, v := range values {
@@ -273,7 +328,7 @@ func TestCommandLines(t *testing.T) {
 		t.Run(line, func(t *testing.T) {
 			command, _, _ := strings.Cut(line, " ")
 			if !strings.Contains(string(help), "\n   "+command+" ") {
-				t.Skipf("skipped: espmirror %s: not in this program", command)
+				t.Fatalf("the program does not know %s", command)
 			}
 			out, _ := exec.Command(bin, append(strings.Fields(line), "--system-root", dir)...).CombinedOutput()
 			for _, bad := range []string{"unknown option", "arguments were given", "invalid", "cannot read the command line: --"} {
