@@ -36,6 +36,7 @@ type settings struct {
 	firmware int64
 	kernel   int64
 	jobs     int
+	samples  int
 	limit    time.Duration
 	out      string
 	report   string
@@ -64,6 +65,7 @@ func main() {
 	flag.Int64Var(&s.fsck, "fsck", 50_000, "judgements by fsck.fat, and as many by mtools; 0: none")
 	flag.Int64Var(&s.firmware, "firmware", 1024, "readings by OVMF; 0: none")
 	flag.Int64Var(&s.kernel, "kernel", 1024, "readings by Linux; 0: none")
+	flag.IntVar(&s.samples, "samples", 0, "`states` of each scenario for fsck.fat and mtools, when there are enough of others; 0: as the budget has it")
 	flag.IntVar(&s.jobs, "jobs", runtime.NumCPU(), "scenarios at a time")
 	flag.DurationVar(&s.limit, "time", 0, "stop after that `time` and report what was reached; 0: when all is done")
 	flag.StringVar(&s.out, "out", "out/crash", "`directory` of the progress file and of images")
@@ -300,8 +302,11 @@ func (r *runner) explore(c *crashtest.Run, o *outcome) (err error) {
 	if c.Scenario.Geometry.Size <= smallVolume {
 		b = small
 	}
-	if r.fsck == 0 {
+	switch {
+	case r.fsck == 0:
 		b.Samples = 2 // for the systems in machines
+	case r.samples > 0:
+		b.Samples = r.samples
 	}
 	var judge crashtest.Sampler
 	if r.fsck > 0 {
