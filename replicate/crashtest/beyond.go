@@ -233,6 +233,14 @@ func (c *Run) resync() error {
 		if err := durable(r.Recording()); err != nil {
 			return fmt.Errorf("the next sync: %w", err)
 		}
+		if len(c.Recording.Ops) == 0 {
+			// There was nothing to do, so nothing was cut: a sync that finds nothing to do writes nothing, and leaves what was
+			// wrong with the free count before. That is for recovery, which has been asked above.
+			if ops := r.Recording().Ops; len(ops) > 0 {
+				return fmt.Errorf("the next sync: nothing was to be done, and it writes at 0x%x", ops[0].Off)
+			}
+			return nil
+		}
 		k, err := c.Visible(r.State, 0)
 		if err == nil && k != c.Trees-1 {
 			err = fmt.Errorf("tree %d of %d", k, c.Trees-1)
