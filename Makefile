@@ -15,8 +15,9 @@ TAGS = urfave_cli_no_docs
 GOBUILD = CGO_ENABLED=0 $(GO) build -trimpath -tags $(TAGS)
 BIN = out/espmirror
 # The initramfs is loaded by firmware at each boot: the same program, without the sources that only builders of images have,
-# and without inlining, which makes it smaller and no slower where the disk is what takes the time.
+# and without inlining outside of the runtime, which makes it 0.4 MB smaller.
 INITRDBIN = out/espmirror-initrd
+INITRDFLAGS = -gcflags=all=-l -gcflags=runtime= -gcflags=internal/runtime/...=
 
 .PHONY: all build demo test test-short lint fuzz bench crash kill-test judges vm install uninstall packages packages-test clean help
 all: build
@@ -24,7 +25,7 @@ all: build
 build: ## build the one static binary, out/espmirror, and the smaller one for an initramfs
 	@mkdir -p out
 	$(GOBUILD) -ldflags "-s -w -X main.version=$(VERSION)" -o $(BIN) ./cmd/espmirror
-	$(GOBUILD),initrd -gcflags=all=-l -ldflags "-s -w -X main.version=$(VERSION)" -o $(INITRDBIN) ./cmd/espmirror
+	$(GOBUILD),urfave_cli_no_suggest,initrd $(INITRDFLAGS) -ldflags "-s -w -X main.version=$(VERSION)" -o $(INITRDBIN) ./cmd/espmirror
 
 demo: build ## two disk images, three syncs, one power cut, one recovery; no root, no other tool
 	@scripts/demo.sh $(BIN)
