@@ -4,12 +4,15 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
+	"io"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 
 	"espmirror/fixtures"
+	"espmirror/fixtures/vm"
 )
 
 func TestMain(m *testing.M) {
@@ -133,5 +136,29 @@ func TestArguments(t *testing.T) {
 	}
 	if err := shrinkScenario(&w, []string{"1"}); err == nil || !strings.Contains(err.Error(), "no violation") {
 		t.Error("a scenario without a violation was made smaller: ", err)
+	}
+}
+
+// TestAgain: what is wrong twice stays wrong, what is wrong once is told.
+func TestAgain(t *testing.T) {
+	r := &runner{w: io.Discard}
+	broken := errors.New("mixed")
+	samples := []vm.Sample{{Name: "a"}, {Name: "b"}, {Name: "c"}}
+	readings := []vm.Reading{{Name: "a", State: 1}, {Name: "b", Err: broken}, {Name: "c", Err: broken}}
+	n, err := r.again(samples, readings, func(s []vm.Sample) ([]vm.Reading, error) {
+		if len(s) != 2 || s[0].Name != "b" || s[1].Name != "c" {
+			t.Errorf("%+v", s)
+		}
+		return []vm.Reading{{Name: "b", State: 1}, {Name: "c", Err: broken}}, nil
+	})
+	if n != 1 || err != nil || readings[1].Err != nil || readings[1].State != 1 || readings[2].Err == nil || readings[0].State != 1 {
+		t.Errorf("%d %v %+v", n, err, readings)
+	}
+	if _, err := r.again(samples, readings, func([]vm.Sample) ([]vm.Reading, error) { return nil, broken }); !errors.Is(err, broken) {
+		t.Error(err)
+	}
+	readings[2].Err = nil
+	if n, err := r.again(samples, readings, nil); n != 0 || err != nil {
+		t.Error(n, err)
 	}
 }

@@ -32,6 +32,7 @@ type progress struct {
 	new        map[string]int64
 	between    map[string]int64
 	mixed      map[string]int64
+	again      map[string]int64
 	boots      map[string]int64
 	violations []violation
 }
@@ -83,7 +84,7 @@ func openProgress(path string) (*progress, error) {
 		return nil, err
 	}
 	p := &progress{done: map[uint64]bool{}, byGeometry: map[string]*crashtest.Tally{}, old: map[string]int64{}, new: map[string]int64{},
-		between: map[string]int64{}, mixed: map[string]int64{}, boots: map[string]int64{}}
+		between: map[string]int64{}, mixed: map[string]int64{}, again: map[string]int64{}, boots: map[string]int64{}}
 	want := heading{code, large, small}
 	if p.f, err = os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o644); err != nil {
 		return nil, err
@@ -153,6 +154,7 @@ func (p *progress) count(o outcome) {
 		p.new[o.Kind] += o.New
 		p.between[o.Kind] += o.Between
 		p.mixed[o.Kind] += o.Mixed
+		p.again[o.Kind] += o.Again
 		p.boots[o.Kind]++
 		return
 	}

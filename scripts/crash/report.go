@@ -33,7 +33,10 @@ type report struct {
 	Violations []violation
 }
 
-type readings struct{ Images, Boots, Old, New, Between, Mixed int64 }
+type readings struct {
+	Images, Boots, Old, New, Between, Mixed int64
+	Again                                   int64 `json:",omitempty"` // of them wrong once and right when read again
+}
 
 // mutant is a fault put into the protocol on purpose, and what noticed it.
 type mutant struct {
@@ -57,7 +60,7 @@ func (r *runner) finish(ctx context.Context) error {
 		if n == 0 {
 			return nil
 		}
-		return &readings{n, p.boots[kind], p.old[kind], p.new[kind], p.between[kind], p.mixed[kind]}
+		return &readings{n, p.boots[kind], p.old[kind], p.new[kind], p.between[kind], p.mixed[kind], p.again[kind]}
 	}
 	rep.Firmware, rep.Kernel = read("firmware"), read("kernel")
 	survived := 0
@@ -129,6 +132,9 @@ func (rep *report) markdown() string {
 	}{{"EDK2's driver in OVMF", rep.Firmware}, {"Linux's vfat", rep.Kernel}} {
 		if x.r != nil {
 			f("| read by %s: %s old, %s new, %s between two commits | %s | %d |", x.name, commas(x.r.Old), commas(x.r.New), commas(x.r.Between), commas(x.r.Images), x.r.Mixed)
+			if x.r.Again > 0 {
+				f("| — of them wrong once, and right when the same image was read again | %s | |", commas(x.r.Again))
+			}
 		}
 	}
 	if len(rep.Mutants) > 0 {
