@@ -1,7 +1,7 @@
 package fatdriver
 
 import (
-	"errors"
+	"espmirror/fatdriver/internal/iofs"
 	"fmt"
 	"io"
 	"io/fs"
@@ -120,13 +120,13 @@ func (f *treeFS) Open(name string) (fs.File, error) {
 		return nil, damagedPath("open", name, n)
 	}
 	if n.IsDir() {
-		return &openDir{path: name, info: infoOf(n), list: f.dirs[n].list}, nil
+		return iofs.NewDir(name, infoOf(n), f.dirs[n].list), nil
 	}
 	r, err := f.tree.Open(n)
 	if err != nil {
 		return nil, &fs.PathError{Op: "open", Path: name, Err: err}
 	}
-	return &openFile{path: name, info: infoOf(n), r: r}, nil
+	return iofs.NewFile(name, infoOf(n), r), nil
 }
 
 // ReadDir implements fs.ReadDirFS.
@@ -136,7 +136,7 @@ func (f *treeFS) ReadDir(name string) ([]fs.DirEntry, error) {
 	case err != nil:
 		return nil, err
 	case !n.IsDir():
-		return nil, &fs.PathError{Op: "readdir", Path: name, Err: errNotDir}
+		return nil, &fs.PathError{Op: "readdir", Path: name, Err: iofs.ErrNotDir}
 	case n.err != nil:
 		return nil, damagedPath("readdir", name, n)
 	}
@@ -159,7 +159,7 @@ func (f *treeFS) ReadFile(name string) ([]byte, error) {
 	case err != nil:
 		return nil, err
 	case n.IsDir():
-		return nil, &fs.PathError{Op: "read", Path: name, Err: errIsDir}
+		return nil, &fs.PathError{Op: "read", Path: name, Err: iofs.ErrIsDir}
 	case n.err != nil:
 		return nil, damagedPath("read", name, n)
 	}
@@ -173,127 +173,6 @@ func (f *treeFS) ReadFile(name string) ([]byte, error) {
 		return nil, &fs.PathError{Op: "read", Path: name, Err: err}
 	}
 	return b, nil
-}
-
-var (
-	errNotDir = errors.New("not a directory")
-	errIsDir  = errors.New("is a directory")
-)
-
-// openFile is an open file.
-type openFile struct {
-	path string
-	info *fileInfo
-	r    *io.SectionReader // nil once closed
-}
-
-func (f *openFile) fail(op string, err error) error {
-	if err == nil || err == io.EOF {
-		return err
-	}
-	return &fs.PathError{Op: op, Path: f.path, Err: err}
-}
-
-// Stat implements fs.File.
-func (f *openFile) Stat() (fs.FileInfo, error) {
-	if f.r == nil {
-		return nil, f.fail("stat", fs.ErrClosed)
-	}
-	return f.info, nil
-}
-
-// Read implements fs.File.
-func (f *openFile) Read(p []byte) (int, error) {
-	if f.r == nil {
-		return 0, f.fail("read", fs.ErrClosed)
-	}
-	n, err := f.r.Read(p)
-	return n, f.fail("read", err)
-}
-
-// ReadAt implements io.ReaderAt.
-func (f *openFile) ReadAt(p []byte, off int64) (int, error) {
-	switch {
-	case f.r == nil:
-		return 0, f.fail("read", fs.ErrClosed)
-	case off < 0:
-		// io.SectionReader would call it the end of the file.
-		return 0, f.fail("read", fs.ErrInvalid)
-	}
-	n, err := f.r.ReadAt(p, off)
-	return n, f.fail("read", err)
-}
-
-// Seek implements io.Seeker.
-func (f *openFile) Seek(off int64, whence int) (int64, error) {
-	if f.r == nil {
-		return 0, f.fail("seek", fs.ErrClosed)
-	}
-	n, err := f.r.Seek(off, whence)
-	return n, f.fail("seek", err)
-}
-
-// Close implements fs.File.
-func (f *openFile) Close() error {
-	if f.r == nil {
-		return f.fail("close", fs.ErrClosed)
-	}
-	f.r = nil
-	return nil
-}
-
-// openDir is an open directory.
-type openDir struct {
-	path   string
-	info   *fileInfo
-	list   []fs.DirEntry
-	next   int
-	closed bool
-}
-
-func (d *openDir) fail(op string, err error) error {
-	return &fs.PathError{Op: op, Path: d.path, Err: err}
-}
-
-// Stat implements fs.File.
-func (d *openDir) Stat() (fs.FileInfo, error) {
-	if d.closed {
-		return nil, d.fail("stat", fs.ErrClosed)
-	}
-	return d.info, nil
-}
-
-// Read implements fs.File: a directory has no bytes to give.
-func (d *openDir) Read([]byte) (int, error) {
-	if d.closed {
-		return 0, d.fail("read", fs.ErrClosed)
-	}
-	return 0, d.fail("read", errIsDir)
-}
-
-// ReadDir implements fs.ReadDirFile.
-func (d *openDir) ReadDir(n int) ([]fs.DirEntry, error) {
-	if d.closed {
-		return nil, d.fail("readdir", fs.ErrClosed)
-	}
-	rest := d.list[d.next:]
-	if n > 0 {
-		if len(rest) == 0 {
-			return nil, io.EOF
-		}
-		rest = rest[:min(n, len(rest))]
-	}
-	d.next += len(rest)
-	return slices.Clone(rest), nil
-}
-
-// Close implements fs.File.
-func (d *openDir) Close() error {
-	if d.closed {
-		return d.fail("close", fs.ErrClosed)
-	}
-	d.closed = true
-	return nil
 }
 
 // fileInfo is both the fs.FileInfo and the fs.DirEntry of a node.

@@ -3,6 +3,7 @@ package fatdriver
 import (
 	"bytes"
 	"errors"
+	"espmirror/fatdriver/internal/iofs"
 	"io"
 	"io/fs"
 	"strings"
@@ -89,10 +90,10 @@ func TestFSDetails(t *testing.T) {
 			}
 		}
 	}
-	if _, err := fs.ReadDir(fsys, "ro.txt"); !errors.Is(err, errNotDir) {
+	if _, err := fs.ReadDir(fsys, "ro.txt"); !errors.Is(err, iofs.ErrNotDir) {
 		t.Error(err)
 	}
-	if _, err := fs.ReadFile(fsys, "Loader"); !errors.Is(err, errIsDir) {
+	if _, err := fs.ReadFile(fsys, "Loader"); !errors.Is(err, iofs.ErrIsDir) {
 		t.Error(err)
 	}
 
@@ -123,7 +124,7 @@ func TestFSDetails(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := dir.Read(b); !errors.Is(err, errIsDir) {
+	if _, err := dir.Read(b); !errors.Is(err, iofs.ErrIsDir) {
 		t.Error(err)
 	}
 	var seen []string

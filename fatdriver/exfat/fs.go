@@ -1,9 +1,8 @@
 package exfat
 
 import (
-	"errors"
+	"espmirror/fatdriver/internal/iofs"
 	"fmt"
-	"io"
 	"io/fs"
 	"slices"
 	"strings"
@@ -83,11 +82,6 @@ func damagedPath(op, name string, n *Node) error {
 	return &fs.PathError{Op: op, Path: name, Err: fmt.Errorf("%w: /%s: %w", ErrDamaged, n.Path(), n.err)}
 }
 
-var (
-	errNotDir = errors.New("not a directory")
-	errIsDir  = errors.New("is a directory")
-)
-
 // Open implements fs.FS.
 func (f *treeFS) Open(name string) (fs.File, error) {
 	n, err := f.find("open", name)
@@ -97,13 +91,13 @@ func (f *treeFS) Open(name string) (fs.File, error) {
 	case n.err != nil:
 		return nil, damagedPath("open", name, n)
 	case n.IsDir():
-		return &openDir{path: name, info: infoOf(n), list: f.dirs[n].list}, nil
+		return iofs.NewDir(name, infoOf(n), f.dirs[n].list), nil
 	}
 	r, err := f.tree.Open(n)
 	if err != nil {
 		return nil, &fs.PathError{Op: "open", Path: name, Err: err}
 	}
-	return &openFile{r, infoOf(n)}, nil
+	return iofs.NewFile(name, infoOf(n), r), nil
 }
 
 // ReadDir implements fs.ReadDirFS.
@@ -113,7 +107,7 @@ func (f *treeFS) ReadDir(name string) ([]fs.DirEntry, error) {
 	case err != nil:
 		return nil, err
 	case !n.IsDir():
-		return nil, &fs.PathError{Op: "readdir", Path: name, Err: errNotDir}
+		return nil, &fs.PathError{Op: "readdir", Path: name, Err: iofs.ErrNotDir}
 	case n.err != nil:
 		return nil, damagedPath("readdir", name, n)
 	}
@@ -127,50 +121,6 @@ func (f *treeFS) Stat(name string) (fs.FileInfo, error) {
 		return nil, err
 	}
 	return infoOf(n), nil
-}
-
-// openFile is an open file; there is nothing to release.
-type openFile struct {
-	*io.SectionReader
-	info *fileInfo
-}
-
-// Stat implements fs.File.
-func (f *openFile) Stat() (fs.FileInfo, error) { return f.info, nil }
-
-// Close implements fs.File.
-func (f *openFile) Close() error { return nil }
-
-// openDir is an open directory.
-type openDir struct {
-	path string
-	info *fileInfo
-	list []fs.DirEntry
-	next int
-}
-
-// Stat implements fs.File.
-func (d *openDir) Stat() (fs.FileInfo, error) { return d.info, nil }
-
-// Close implements fs.File.
-func (d *openDir) Close() error { return nil }
-
-// Read implements fs.File: a directory has no bytes to give.
-func (d *openDir) Read([]byte) (int, error) {
-	return 0, &fs.PathError{Op: "read", Path: d.path, Err: errIsDir}
-}
-
-// ReadDir implements fs.ReadDirFile.
-func (d *openDir) ReadDir(n int) ([]fs.DirEntry, error) {
-	rest := d.list[d.next:]
-	if n > 0 {
-		if len(rest) == 0 {
-			return nil, io.EOF
-		}
-		rest = rest[:min(n, len(rest))]
-	}
-	d.next += len(rest)
-	return slices.Clone(rest), nil
 }
 
 // fileInfo is both the fs.FileInfo and the fs.DirEntry of a node.
