@@ -42,7 +42,8 @@ type Registered struct {
 	What string // EntryThere, EntryOrdered or EntryCreated
 }
 
-// Plan says what Register would do. It returns the errors by which Register writes nothing.
+// Plan says what Register would do, and takes the number, so that the next plan gets another one. It returns the errors by
+// which Register writes nothing.
 func (b *BootEntries) Plan(n *NewEntry) (*Registered, error) {
 	if b.orderErr != nil {
 		return nil, b.orderErr // what cannot be read cannot be kept
@@ -72,7 +73,9 @@ func (b *BootEntries) Plan(n *NewEntry) (*Registered, error) {
 		return nil, errors.New("all numbers of boot entries are taken")
 	}
 	h := n.Partition
-	return &Registered{BootEntry{number, false, LoadOption{Attributes: loadOptionActive, Description: b.unique(n.Description), Partition: &h}}, EntryCreated}, nil
+	e := BootEntry{number, false, LoadOption{Attributes: loadOptionActive, Description: b.unique(n.Description), Partition: &h}}
+	b.used[number], b.Entries = true, append(b.Entries, e)
+	return &Registered{e, EntryCreated}, nil
 }
 
 // orderBefore is the order that a new entry stands at the end of: BootOrder or, where firmware has none, what was started.

@@ -55,7 +55,7 @@ func (inv *invocation) initCommand() *cli.Command {
 			&cli.BoolFlag{Name: "no-set", Usage: "do not add it to the primary's replica set", DisableDefaultText: true},
 			&cli.BoolFlag{Name: "force", Usage: "overwrite what was found there; never what is in use, and no partition of a GPT without --new-table", DisableDefaultText: true},
 			&cli.BoolFlag{Name: "dry-run", Aliases: []string{"n"}, Usage: "print what would be made, and write nothing", DisableDefaultText: true},
-			noProgressFlag()),
+			registerFlags()[0], noProgressFlag()),
 		Action: inv.action(1, 1, "name one disk, partition or image", inv.init),
 	}
 }

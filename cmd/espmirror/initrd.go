@@ -4,6 +4,7 @@ package main
 
 import (
 	"errors"
+	"io"
 
 	"github.com/urfave/cli/v2"
 
@@ -12,7 +13,7 @@ import (
 )
 
 // The program for an initramfs leaves out the sources that are not there at boot, because of their size: archives, and exFAT
-// volumes; and `init`. It takes no file for one of them, so that what is named is refused as what it is not.
+// volumes; `init`, metrics, and the boot entries of the firmware. It takes no file for one of them, so that what is named is refused as what it is not.
 
 func (inv *invocation) initCommand() *cli.Command { return nil }
 
@@ -50,5 +51,31 @@ func (v *volume) tree() (scanned, error) { return v.fat.Scan() }
 func (m *members) exfatSource() (replicate.Source, error) { return nil, nil }
 
 func targetHint(err error, _ *gpt.Location) error { return err }
+
+// Nobody collects metrics there.
+
+func metricsFlags() []cli.Flag { return nil }
+
+func writeMetrics(io.Writer, *statusReport, int) {}
+
+// No boot entries of the firmware are shown or made: what boots goes by those that are there.
+
+type (
+	registration  struct{}
+	setEntries    struct{}
+	volumeEntries struct{}
+)
+
+func registerFlags() []cli.Flag { return nil }
+
+func (inv *invocation) registration() (*registration, error)   { return nil, nil }
+func (r *registration) of([]*member) error                     { return nil }
+func (r *registration) choose(*members) error                  { return nil }
+func (r *registration) planned(*setReport) error               { return nil }
+func (r *registration) carryOut(_ *setReport, err error) error { return err }
+func (inv *invocation) left(*setReport)                        {}
+func (s *setEntries) print(*output)                            {}
+func (inv *invocation) addEntries(*statusReport)               {}
+func (r *statusReport) entryColumn(*table)                     {}
 
 func (c *checkedVolume) checkExFAT(*volume) error { return errNotInInitrd }

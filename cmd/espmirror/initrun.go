@@ -7,10 +7,8 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path"
 	"path/filepath"
 	"slices"
-	"strings"
 
 	"espmirror/blockdev"
 	"espmirror/fatdriver"
@@ -36,6 +34,13 @@ func (inv *invocation) init() (report, error) {
 	if t.part && (o.like != "" || o.newTable || o.espSize != 0 || o.bootSize > 0 || o.partLabel != "" || o.size != 0) {
 		return nil, usagef("%s is a partition: it keeps its size and its name, and the table stays as it is", t.name)
 	}
+	reg, err := inv.registration()
+	if err == nil {
+		err = reg.check(t.name, t.loc)
+	}
+	if err != nil {
+		return nil, err
+	}
 	if err := inv.guardInit(t, m); err != nil {
 		return nil, err
 	}
@@ -53,7 +58,10 @@ func (inv *invocation) init() (report, error) {
 		return nil, err
 	}
 	p.todo = p.leftToDo(inv)
-	if line := bootEntry(p, m); line != "" {
+	if err := reg.ofInit(p, m); err != nil {
+		return nil, err
+	}
+	if line := bootEntry(p, m); line != "" && reg == nil {
 		p.todo = append(p.todo, line)
 	}
 	rep.fill(p)
@@ -558,29 +566,15 @@ func bootEntry(p *initPlan, m *members) string {
 	if v == nil || p.t.loc == nil || !p.t.id.Block {
 		return ""
 	}
-	loader := ""
-	var find func(it *replicate.Item)
-	find = func(it *replicate.Item) {
-		for _, c := range it.Children {
-			k := fatdriver.Fold(c.Path)
-			switch {
-			case c.Dir && (k == "EFI" || k == "EFI/SYSTEMD" || k == "EFI/BOOT"):
-				find(c)
-			case !c.Dir && strings.HasSuffix(k, ".EFI") && (path.Dir(k) == "EFI/SYSTEMD" || loader == "" && strings.HasPrefix(k, "EFI/BOOT/BOOT")):
-				loader = c.Path
-			}
-		}
-	}
-	find(m.src.Root())
-	if loader == "" {
+	loaders := loadersOn(m.src.Root(), firmwareArch(m.inv.system), nil)
+	if len(loaders) == 0 {
 		return ""
 	}
 	disk := p.t.name
 	if p.t.part {
 		disk = p.t.loc.Disk
 	}
-	return fmt.Sprintf(`efibootmgr --create --disk %s --part %d --label %s --loader '\%s'`,
-		quoted(disk), v.part.Number, quoted("Linux on "+filepath.Base(disk)), strings.ReplaceAll(loader, "/", `\`))
+	return efibootmgr(disk, v.part.Number, loaders[0])
 }
 
 // initReport is the result of init.

@@ -27,13 +27,20 @@ func (inv *invocation) statusCommand() *cli.Command {
 			"States: ok, in sync, drifted (files differ), stale (behind the primary), new (never in a set), newer (ahead\n" +
 			"of the primary: it is refused), diverged (both were changed: it is refused), needs recovery, damaged, busy,\n" +
 			"missing, refused, failed, stopped.",
-		Flags: append(append(setFlags(), selectFlags()...), noProgressFlag(), &cli.BoolFlag{Name: "metrics",
-			Usage: "print gauges for Prometheus (OpenMetrics text) in place of the table", DisableDefaultText: true}),
+		Flags:  append(append(append(setFlags(), selectFlags()...), noProgressFlag()), metricsFlags()...),
 		Action: inv.action(0, 0, "name the volumes with --primary and --target", inv.status),
 	}
 }
 
 func (inv *invocation) status() (report, error) {
+	done, err := inv.statusOfVolumes()
+	if rep, ok := done.(*statusReport); ok {
+		inv.addEntries(rep)
+	}
+	return done, err
+}
+
+func (inv *invocation) statusOfVolumes() (report, error) {
 	rep := &statusReport{Volumes: []statusVolume{}}
 	if inv.metrics = inv.flag("metrics"); inv.metrics && inv.json != "off" {
 		inv.metrics = false
@@ -357,6 +364,7 @@ type statusVolume struct {
 	Error      *jsonError `json:"error,omitempty"`
 	// Set is how the target's set file differs from the primary's; nil when it does not, or when there is none.
 	Set *setDifference `json:"set_differs,omitempty"`
+	volumeEntries
 
 	compared bool // Changes is known
 	lastRun  time.Time
@@ -406,6 +414,7 @@ func (r *statusReport) print(o *output) {
 			next = append(next, v.Next)
 		}
 	}
+	r.entryColumn(t)
 	if len(r.Volumes) > 0 {
 		t.print(o)
 	} else {
