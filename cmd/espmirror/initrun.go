@@ -574,7 +574,11 @@ func bootEntry(p *initPlan, m *members) string {
 	if p.t.part {
 		disk = p.t.loc.Disk
 	}
-	return efibootmgr(disk, v.part.Number, loaders[0])
+	line := efibootmgr(disk, v.part.Number, loaders[0])
+	if p.join {
+		line += "  # first in the order; `espmirror add --register " + quoted(p.t.name) + "` puts it last"
+	}
+	return line
 }
 
 // initReport is the result of init.

@@ -315,8 +315,8 @@ func (r *registration) carryOut(rep *setReport, err error) error {
 
 // register makes the entry for one member.
 func (r *registration) register(rep *setReport, t *member) (*entryReport, error) {
-	if i := slices.IndexFunc(rep.Sync.Targets, func(s targetReport) bool { return s.Name == t.name }); i < 0 ||
-		rep.Sync.Targets[i].Outcome != string(replicate.Synced) && rep.Sync.Targets[i].Outcome != string(replicate.InSync) {
+	done := []string{string(replicate.Synced), string(replicate.InSync)}
+	if rep.Sync == nil || !slices.ContainsFunc(rep.Sync.Targets, func(s targetReport) bool { return s.Name == t.name && slices.Contains(done, s.Outcome) }) {
 		return nil, withHint(fmt.Errorf("cannot register %s: it is a member, and not in sync, so that its boot entry is missing", t.name),
 			"when the cause is gone, `espmirror add --register %s` goes on", quoted(t.name))
 	}

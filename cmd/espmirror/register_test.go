@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"encoding/binary"
 	"fmt"
 	"io"
@@ -219,6 +220,7 @@ func TestAddRegisterFails(t *testing.T) {
 		}
 		return gpt.Register(sys, n)
 	}
+	r.do("add", "-q", r.node("sdb1"), r.node("sdc1")).want(0) // journals are made in any order
 	fails[guidOf(2)] = withHint(fmt.Errorf("the firmware has no room for it: %w", unix.ENOSPC), "delete something")
 	r.do("add", "--register", r.node("sdb1"), r.node("sdc1")).want(exitPartial).golden("add-register-fails")
 	r.run("verify").want(0)
@@ -237,6 +239,8 @@ func TestAddRegisterFails(t *testing.T) {
 	if v := r.variables(); v == before || strings.Contains(v, fmt.Sprintf("%x", gptGUID(t, guidOf(4)))) {
 		t.Error(v)
 	}
+	r.app.engine.sync = func(context.Context, []replicate.Job) ([][]replicate.Result, error) { return nil, unix.EIO }
+	r.do("add", "--register", r.node("sdb1")).want(exitPartial).has("input/output error", "cannot register machine/dev/sdb1: it is a member, and not in sync")
 	r.app.engine.sync = sync
 }
 

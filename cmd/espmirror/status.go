@@ -23,7 +23,8 @@ func (inv *invocation) statusCommand() *cli.Command {
 		Usage:     "show primary and targets, and whether they are in sync (the default command)",
 		UsageText: "espmirror status [OPTIONS] [--primary VOLUME] [--target VOLUME]...",
 		Description: "With no volume named, the replica set of the ESP that was booted; without a set, the ESPs of this machine\n" +
-			"and their health. Nothing is written. GEN is the generation: it grows with each completed change.\n\n" +
+			"and their health. Nothing is written. GEN is the generation: it grows with each completed change.\n" +
+			"BOOT are the boot entries of the firmware that lead there; in brackets those that it does not try by itself.\n\n" +
 			"States: ok, in sync, drifted (files differ), stale (behind the primary), new (never in a set), newer (ahead\n" +
 			"of the primary: it is refused), diverged (both were changed: it is refused), needs recovery, damaged, busy,\n" +
 			"missing, refused, failed, stopped.",
