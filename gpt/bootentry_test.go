@@ -195,6 +195,12 @@ func TestRegisterOrder(t *testing.T) {
 	before := m.hash()
 	_, err = Register(m.sys, n)
 	wantErr(t, err, ErrMalformed)
+	b, err := ReadBootEntries(m.sys)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = b.Plan(n) // nor is an entry made and taken back
+	wantErr(t, err, ErrMalformed)
 	if m.hash() != before {
 		t.Error("something was written")
 	}
