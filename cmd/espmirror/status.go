@@ -27,10 +27,17 @@ func (inv *invocation) statusCommand() *cli.Command {
 			"States: ok, in sync, drifted (files differ), stale (behind the primary), new (never in a set), newer (ahead\n" +
 			"of the primary: it is refused), diverged (both were changed: it is refused), needs recovery, damaged, busy,\n" +
 			"missing, refused, failed, stopped.",
-		Flags: append(append(setFlags(), selectFlags()...), noProgressFlag(), &cli.BoolFlag{Name: "metrics",
-			Usage: "print gauges for Prometheus (OpenMetrics text) in place of the table", DisableDefaultText: true}),
+		Flags:  append(append(append(setFlags(), selectFlags()...), noProgressFlag()), metricsFlags()...),
 		Action: inv.action(0, 0, "name the volumes with --primary and --target", inv.status),
 	}
+}
+
+func metricsFlags() []cli.Flag {
+	if forInitrd {
+		return nil
+	}
+	return []cli.Flag{&cli.BoolFlag{Name: "metrics",
+		Usage: "print gauges for Prometheus (OpenMetrics text) in place of the table", DisableDefaultText: true}}
 }
 
 func (inv *invocation) status() (report, error) {
