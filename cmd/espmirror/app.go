@@ -128,10 +128,11 @@ type invocation struct {
 	out                  *bufio.Writer
 	report               report
 	err                  error
-	metrics              bool      // status --metrics
-	changed              []string  // members that this command has put into the set or taken out
-	random               io.Reader // where identities of transactions come from; nil: the system
-	bar                  *progress // nil until there is one
+	metrics              bool                          // status --metrics
+	changed              []string                      // members that this command has put into the set or taken out
+	random               func(volume string) io.Reader // where identities of transactions come from; nil: the system
+	jobs                 int                           // targets at a time; 0: all of them
+	bar                  *progress                     // nil until there is one
 }
 
 // run runs one command line, the program's name first, and returns the exit status.

@@ -160,7 +160,7 @@ func TestInitImage(t *testing.T) {
 				t.Fatalf("a dry run made a file: %s", dry.stdout)
 			}
 			doc := b.run(append(append([]string{"init", "--json=short"}, args...), "new.img")...).want(0).json("init")
-			parts := doc["partitions"].([]any)
+			parts := doc["targets"].([]any)[0].(map[string]any)["partitions"].([]any)
 			if n := len(parts); n != 1 && !tc.boot || n != 2 && tc.boot {
 				t.Fatal(parts)
 			}
@@ -429,8 +429,12 @@ func TestInitRefuses(t *testing.T) {
 func TestInitUsage(t *testing.T) {
 	b := initBench(t, false)
 	b.writes = false
+	if err := os.Mkdir("sub", 0o755); err != nil {
+		t.Fatal(err)
+	}
 	for _, args := range [][]string{
-		{}, {"a.img", "b.img"}, {"--size", "x", "a.img"}, {"--size", "100", "a.img"}, {"--sector-size", "1024", "a.img"}, {"--fat", "8", "a.img"},
+		{}, {"--size", "4M", "a.img", "./a.img"}, {"--size", "4M", "--seed", "x", "a.img", "sub/a.img"}, {"--jobs", "0", "--size", "4M", "a.img"},
+		{"--jobs", "x", "--size", "4M", "a.img"}, {"--size", "4M", "a.img", "--jobs"}, {"--size", "x", "a.img"}, {"--size", "100", "a.img"}, {"--sector-size", "1024", "a.img"}, {"--fat", "8", "a.img"},
 		{"--random-seed", "maybe", "a.img"}, {"--like", "primary.img", "--esp-size", "4M", "a.img"}, {"."}, {"--partlabel", strings.Repeat("x", 37), "a.img"},
 		{"--size", "4M", "--size", "5M", "a.img"}, {"--esp-size", "2M", "primary.img@@p1"}, {"--like", "a.img", "primary.img@@p1"},
 	} {
