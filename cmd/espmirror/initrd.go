@@ -12,10 +12,12 @@ import (
 	"espmirror/replicate"
 )
 
-// The program for an initramfs leaves out the sources that are not there at boot, because of their size: archives, and exFAT
-// volumes; `init`, metrics, and the boot entries of the firmware. It takes no file for one of them, so that what is named is refused as what it is not.
+// forInitrd says that this is the program for an initramfs. It leaves out what nobody does there, because of its size: the commands
+// that change a set or make volumes, copies into directories, metrics, boot entries of the firmware, and as sources archives and exFAT volumes. It takes
+// no file for one of them, so that what is named is refused as what it is not.
+const forInitrd = true
 
-func (inv *invocation) initCommand() *cli.Command { return nil }
+func (inv *invocation) initCommand() *cli.Command { return nil } // never called
 
 var errNotInInitrd = errors.New("the program for an initramfs reads neither archives nor exFAT")
 

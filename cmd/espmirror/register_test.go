@@ -307,7 +307,7 @@ func TestInitRegister(t *testing.T) {
 		t.Error("something was written", err)
 	}
 	doc := r.do("init", "--register", "--seed=x", "--json=short", r.node("sdb")).want(0).json("init")
-	if e := doc["set"].(map[string]any)["boot_entries"].([]any); len(e) != 1 || e[0].(map[string]any)["outcome"] != "created" || len(doc["left_to_do"].([]any)) != 0 {
+	if e := doc["set"].(map[string]any)["boot_entries"].([]any); len(e) != 1 || e[0].(map[string]any)["outcome"] != "created" || len(doc["targets"].([]any)[0].(map[string]any)["left_to_do"].([]any)) != 0 {
 		t.Error(doc)
 	}
 	r.do("init", "--register", "--seed=x", r.node("sdb")).want(0).has(": there\n")
