@@ -43,7 +43,13 @@ func run(args []string) error {
 	f := flag.NewFlagSet("bench", flag.ContinueOnError)
 	runs := f.Int("runs", 5, "runs of each program")
 	dir := f.String("dir", "out/bench", "working directory; holds up to 2 GB")
-	only := f.String("only", "", "one of seed, small, change, size; all if empty")
+	only := f.String("only", "", "one of seed, small, change, size, images; all if empty")
+	var images imageSettings
+	f.IntVar(&images.n, "images", 100, "images to make from one template; fewer where there is no room")
+	f.IntVar(&images.mib, "image-size", 256, "size of an image in MiB")
+	f.IntVar(&images.repeat, "image-runs", 3, "runs of each program that makes the images")
+	f.IntVar(&images.judged, "firmware", 16, "images that OVMF reads")
+	f.StringVar(&images.jobs, "jobs", "", "values of --jobs to make the images with too, as in 1,4,all")
 	count := f.Bool("count", false, "internal: sync PRIMARY to TARGET in this process and print what reached the target")
 	if err := f.Parse(args); err != nil {
 		return err
@@ -51,7 +57,7 @@ func run(args []string) error {
 	if *count {
 		return countedSync(os.Stdout, f.Arg(0), f.Arg(1))
 	}
-	if f.NArg() != 1 || *runs < 1 {
+	if f.NArg() != 1 || min(*runs, images.n, images.repeat) < 1 || images.mib < 64 {
 		return fmt.Errorf("usage: bench [-runs N] [-dir DIR] ESPMIRROR")
 	}
 	bin, err := filepath.Abs(f.Arg(0))
@@ -73,7 +79,8 @@ func run(args []string) error {
 	for _, step := range []struct {
 		name string
 		f    func() error
-	}{{"seed", b.seed}, {"small", b.smallFiles}, {"change", b.change}, {"size", b.size}} {
+	}{{"seed", b.seed}, {"small", b.smallFiles}, {"change", b.change}, {"size", b.size},
+		{"images", func() error { return b.imagesWith(images) }}} {
 		if *only != "" && *only != step.name {
 			continue
 		}
