@@ -47,6 +47,9 @@ func (inv *invocation) init() (report, error) {
 	if err != nil {
 		return nil, err
 	}
+	if inv.jobs == 0 && slices.ContainsFunc(targets, func(t *initTarget) bool { return !t.id.Block }) {
+		inv.jobs = imageJobs
+	}
 	if err := m.sourcesOfInit(); err != nil {
 		return nil, err
 	}

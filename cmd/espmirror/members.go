@@ -110,8 +110,8 @@ func timeoutFlag() cli.Flag {
 // maxJobs is more than anybody has disks or processors.
 const maxJobs = 1 << 10
 
-func jobsFlag() cli.Flag {
-	return &cli.GenericFlag{Name: "jobs", Value: &once{}, Usage: "write to at most `N` targets at a time (default: all of them)"}
+func jobsFlag(byDefault string) cli.Flag {
+	return &cli.GenericFlag{Name: "jobs", Value: &once{}, Usage: "write to at most `N` targets at a time (default: " + byDefault + ")"}
 }
 
 // readJobs reads --jobs.

@@ -30,7 +30,7 @@ func (inv *invocation) syncCommand() *cli.Command {
 			timeoutFlag(),
 			&cli.StringFlag{Name: "random-seed", Value: "no", Usage: "also give each target a fresh random seed of its own: `yes|no`"},
 			&cli.StringFlag{Name: "read-back", Value: "yes", Usage: "compare what was written with the medium before the commit: `yes|no`"},
-			jobsFlag(), noProgressFlag()),
+			jobsFlag("all of them"), noProgressFlag()),
 		Action: inv.action(0, 0, "name the volumes with --primary and --target", inv.sync),
 	}
 }

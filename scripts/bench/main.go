@@ -33,13 +33,13 @@ const (
 )
 
 func main() {
-	if err := run(os.Args[1:]); err != nil {
+	if err := run(os.Stdout, os.Args[1:]); err != nil {
 		fmt.Fprintf(os.Stderr, "bench: %v\n", err)
 		os.Exit(1)
 	}
 }
 
-func run(args []string) error {
+func run(w io.Writer, args []string) error {
 	f := flag.NewFlagSet("bench", flag.ContinueOnError)
 	runs := f.Int("runs", 5, "runs of each program")
 	dir := f.String("dir", "out/bench", "working directory; holds up to 2 GB")
@@ -55,7 +55,7 @@ func run(args []string) error {
 		return err
 	}
 	if *count {
-		return countedSync(os.Stdout, f.Arg(0), f.Arg(1))
+		return countedSync(w, f.Arg(0), f.Arg(1))
 	}
 	if f.NArg() != 1 || min(*runs, images.n, images.repeat) < 1 || images.mib < 64 {
 		return fmt.Errorf("usage: bench [-runs N] [-dir DIR] ESPMIRROR")
@@ -88,7 +88,7 @@ func run(args []string) error {
 			return err
 		}
 	}
-	b.table(os.Stdout)
+	b.table(w, images.repeat)
 	return os.RemoveAll(*dir)
 }
 
@@ -117,10 +117,10 @@ func (b *bench) verdict(goal string, met bool) string {
 	return goal + ": **missed**"
 }
 
-func (b *bench) table(w io.Writer) {
+func (b *bench) table(w io.Writer, imageRuns int) {
 	cpus, _ := os.ReadFile("/proc/cpuinfo")
-	fmt.Fprintf(w, "%d CPUs, medians of %d alternating runs, source in the page cache, data on the medium at the end unless noted.\n\n",
-		bytes.Count(cpus, []byte("\nprocessor"))+1, b.runs)
+	fmt.Fprintf(w, "%d CPUs, medians of %d alternating runs, of the images %d, source in the page cache, data on the medium at the end unless noted.\n\n",
+		bytes.Count(cpus, []byte("\nprocessor"))+1, b.runs, imageRuns)
 	rows := append([][5]string{{"what", "espmirror", "the other", "ratio", "goal"}}, b.rows...)
 	var width [5]int
 	for _, r := range rows {
