@@ -127,6 +127,37 @@ func TestArchivePrimary(t *testing.T) {
 }
 
 // TestArchiveRefused has what is refused before the first write: the bench sees to it that no image changes.
+// TestInitFromArchive: an image that is made of an archive has the bytes of one that is made of the directory, also where the
+// dates are bounded.
+func TestInitFromArchive(t *testing.T) {
+	b := newBench(t)
+	b.writes = true
+	t.Setenv("TMPDIR", t.TempDir())
+	t.Setenv("TZ", "UTC")
+	tree(t, "tree", map[string]string{"loader/loader.conf": "timeout 3\n", "loader/entries/a.conf": "title A\nlinux /a/vmlinuz\n", "a/vmlinuz": strings.Repeat("kernel", 20_000)})
+	for _, epoch := range []string{"", "500000000"} {
+		t.Setenv("SOURCE_DATE_EPOCH", epoch)
+		images := map[string][]byte{}
+		for name, data := range map[string][]byte{"tree": nil, "x.tar": pack(t, "tree", "tar"), "x.cpio.gz": compressed(t, pack(t, "tree", "cpio"))} {
+			if data != nil {
+				put(t, name, data)
+			}
+			b.run("init", "-q", "--no-set", "--primary", name, "--seed", "one", "--size", "8M", name+".img").want(0)
+			var err error
+			if images[name], err = os.ReadFile(name + ".img"); err != nil {
+				t.Fatal(err)
+			}
+			os.Remove(name + ".img")
+		}
+		// Without a bound the state says when it was made.
+		for name, image := range images {
+			if epoch != "" && !bytes.Equal(image, images["tree"]) {
+				t.Errorf("the image that was made of %s is another one than that of the directory", name)
+			}
+		}
+	}
+}
+
 func TestArchiveRefused(t *testing.T) {
 	b := newBench(t)
 	makeFixture(t, smallVolume, "b.img")
