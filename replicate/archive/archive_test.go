@@ -519,6 +519,10 @@ func TestRefused(t *testing.T) {
 		{"long link", tarOf(t, hardLink("l", strings.Repeat("n/", 2049))), Limits{}, ErrTooLarge, "links to a name of 4098 bytes"},
 		{"members", tarOf(t, file("a", "1"), file("b/c", "2"), file("d", "3")), Limits{Members: 3}, ErrTooLarge, "at offset 0x800 is more than its 3th"},
 		{"directories of one member", tarOf(t, file(strings.Repeat("d/", 100)+"f", "")), Limits{Members: 99}, ErrTooLarge, "more than its 99th"},
+		{"one member again and again", tarOf(t, file("a", "1"), file("a", "2"), file("a", "3"), file("a", "4")), Limits{Members: 3}, ErrTooLarge, "at offset 0xc00 is more than its 3th"},
+		{"the root again and again", cpioOf(newc{mode: cpioDir, name: "."}, newc{mode: cpioDir, name: "."}), Limits{Members: 1}, ErrTooLarge, "more than its 1th"},
+		{"links to nothing", tarOf(t, hardLink("l", strings.Repeat("n", 4000)), hardLink("m", strings.Repeat("n", 4000))), Limits{Names: 6000}, ErrTooLarge, "its names have more than 6000 bytes"},
+		{"links to links", tarOf(t, hardLink("a", "x"), hardLink("b", "a"), hardLink("c", "b"), hardLink("d", "c")), Limits{Names: 300}, ErrTooLarge, "its names have more than 300 bytes"},
 		{"sparse map", badMap, Limits{}, ErrDamaged, `the sparse member "sparse" at offset 0x0 is damaged: `},
 		{"holes", holes, Limits{Unpacked: 4096}, ErrTooLarge, `with the holes of the member "sparse" at offset 0x0`},
 		{"names", tarOf(t, file("abc", "1"), file("def", "2")), Limits{Names: 5}, ErrTooLarge, "its names have more than 5 bytes"},
@@ -651,6 +655,67 @@ func checkAlloc(t *testing.T, name string, b []byte) {
 	}
 	if n := after.TotalAlloc - before.TotalAlloc; n > 8<<20 {
 		t.Errorf("%s: %d bytes allocated", name, n)
+	}
+}
+
+// TestNamesInMemory: what of a name is in memory is what counts for the limit, and not what the archive wrote around it.
+func TestNamesInMemory(t *testing.T) {
+	var hs []tar.Header
+	for i := range 4000 {
+		hs = append(hs, tar.Header{Typeflag: tar.TypeReg, Name: strings.Repeat("./", 2000) + fmt.Sprint(i)})
+	}
+	name := filepath.Join(t.TempDir(), "x")
+	if err := os.WriteFile(name, tarOf(t, hs...), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	var before, after runtime.MemStats
+	runtime.GC()
+	runtime.ReadMemStats(&before)
+	src, err := OpenFile(ctx, name, Limits{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer src.Close()
+	runtime.GC()
+	runtime.ReadMemStats(&after)
+	if n := int64(after.HeapAlloc) - int64(before.HeapAlloc); n > 8<<20 {
+		t.Errorf("%d bytes for %d names", n, len(hs))
+	}
+	runtime.KeepAlive(src)
+}
+
+// TestManyCases: a name can be written in as many ways as there are members, and directories among them can have as many
+// members each.
+func TestManyCases(t *testing.T) {
+	b := newBuilder(ctx, Limits{}.orDefault())
+	n := 1 << 14
+	cased := func(i int) string {
+		name := []byte("abcdefghijklmn")
+		for bit := range name {
+			name[bit] -= byte(i>>bit&1) * 32
+		}
+		return string(name)
+	}
+	for i := range n {
+		if err := b.add(cased(i), 0, &node{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for i := range n {
+		if err := b.add(fmt.Sprintf("dir/%s/%d", cased(i), i), 0, &node{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	start := time.Now()
+	root, _ := b.items()
+	if took := time.Since(start); took > 3*time.Second { // a tenth of a second, where it is not quadratic
+		t.Error(took)
+	}
+	if len(root.Children) != n+1 || root.Children[0].Err == nil || !strings.Contains(root.Children[0].Err.Error(), "FAT takes its name for that of") {
+		t.Error(len(root.Children), root.Children[0].Err)
+	}
+	if dir := root.Children[n]; len(dir.Children[0].Children) != n || dir.Children[n-1].Err == nil {
+		t.Error(len(dir.Children[0].Children))
 	}
 }
 

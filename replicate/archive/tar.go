@@ -157,6 +157,9 @@ func (b *builder) addTar(h *tar.Header, off, data, end int64) error {
 			return fmt.Errorf("%w: the member %q at offset 0x%x links to a name of %d bytes, at most %d are read", ErrTooLarge, shown(h.Name), off, len(h.Linkname), maxName)
 		}
 		if b.link(n, h.Name, h.Linkname); n.err != nil {
+			if err := b.keep(n.err.Error()); err != nil {
+				return err
+			}
 			break
 		}
 		if t := b.find(h.Linkname); t != nil {
