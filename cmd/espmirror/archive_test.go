@@ -2,7 +2,6 @@ package main
 
 import (
 	"bytes"
-	"compress/gzip"
 	"context"
 	"io"
 	"os"
@@ -54,19 +53,6 @@ func pack(t *testing.T, dir, format string) []byte {
 	return buf.Bytes()
 }
 
-func compressed(t *testing.T, data []byte) []byte {
-	t.Helper()
-	var buf bytes.Buffer
-	w := gzip.NewWriter(&buf)
-	if _, err := w.Write(data); err != nil {
-		t.Fatal(err)
-	}
-	if err := w.Close(); err != nil {
-		t.Fatal(err)
-	}
-	return buf.Bytes()
-}
-
 func put(t *testing.T, name string, data []byte) {
 	t.Helper()
 	if err := os.WriteFile(name, data, 0o644); err != nil {
@@ -91,7 +77,7 @@ func TestArchivePrimary(t *testing.T) {
 		for _, how := range []string{"plain", "gz", "stdin", "stdin gz"} {
 			name, in := "x."+format, data
 			if strings.HasSuffix(how, "gz") {
-				in = compressed(t, data)
+				in = fixtures.Gzip(t, data)
 			}
 			if strings.HasPrefix(how, "stdin") {
 				name = "-"
@@ -138,7 +124,7 @@ func TestInitFromArchive(t *testing.T) {
 	for _, epoch := range []string{"", "500000000"} {
 		t.Setenv("SOURCE_DATE_EPOCH", epoch)
 		images := map[string][]byte{}
-		for name, data := range map[string][]byte{"tree": nil, "x.tar": pack(t, "tree", "tar"), "x.cpio.gz": compressed(t, pack(t, "tree", "cpio"))} {
+		for name, data := range map[string][]byte{"tree": nil, "x.tar": pack(t, "tree", "tar"), "x.cpio.gz": fixtures.Gzip(t, pack(t, "tree", "cpio"))} {
 			if data != nil {
 				put(t, name, data)
 			}
@@ -166,7 +152,7 @@ func TestArchiveRefused(t *testing.T) {
 	whole := pack(t, "tree", "tar")
 	put(t, "x.tar", whole)
 	put(t, "cut.tar", whole[:len(whole)-1024])
-	put(t, "cut.tar.gz", compressed(t, whole)[:200])
+	put(t, "cut.tar.gz", fixtures.Gzip(t, whole)[:200])
 	put(t, "x.tar.xz", []byte("\xFD7zXZ\x00 and so on"))
 	other := func(files map[string]string) []byte {
 		dir := t.TempDir()

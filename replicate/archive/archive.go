@@ -332,7 +332,7 @@ func (s *source) unpack(ctx context.Context, r io.Reader, l Limits) (kind, error
 }
 
 func spool(ctx context.Context, r io.Reader, l Limits) (_ kind, _ *os.File, size int64, err error) {
-	in := bufio.NewReaderSize(&ctxReader{ctx, r}, 1<<16)
+	in := bufio.NewReaderSize(replicate.ContextReader(ctx, r), 1<<16)
 	head, err := in.Peek(headSize)
 	if err != nil && err != io.EOF {
 		return unknown, nil, 0, err
@@ -512,19 +512,6 @@ func eofInside(err error) error {
 		return io.ErrUnexpectedEOF
 	}
 	return err
-}
-
-// ctxReader ends a copy when the run is interrupted.
-type ctxReader struct {
-	ctx context.Context
-	r   io.Reader
-}
-
-func (r *ctxReader) Read(p []byte) (int, error) {
-	if err := r.ctx.Err(); err != nil {
-		return 0, err
-	}
-	return r.r.Read(p)
 }
 
 func (s *source) Name() string          { return s.name }

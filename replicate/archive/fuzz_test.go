@@ -7,6 +7,7 @@ import (
 	"strings"
 	"testing"
 
+	"espmirror/fixtures"
 	"espmirror/replicate"
 )
 
@@ -39,9 +40,9 @@ func FuzzCPIO(f *testing.F) {
 // FuzzStream opens what may be compressed.
 func FuzzStream(f *testing.F) {
 	small := tarOf(f, file("a", "1"))
-	f.Add(gz(f, small))
+	f.Add(fixtures.Gzip(f, small))
 	f.Add(zst(f, small))
-	f.Add(append(gz(f, cpioOf(cpioFileOf(1, 1, "a", "1"))), 0, 0, 0, 0))
+	f.Add(append(fixtures.Gzip(f, cpioOf(cpioFileOf(1, 1, "a", "1"))), 0, 0, 0, 0))
 	f.Fuzz(checkOpen)
 }
 

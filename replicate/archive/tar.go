@@ -207,7 +207,7 @@ func (b *builder) checkSparse(tr *tar.Reader, h *tar.Header, off int64) error {
 	if b.sparse += h.Size; b.sparse > b.limits.Unpacked {
 		return fmt.Errorf("%w: with the holes of the member %q at offset 0x%x its sparse files have more than %d bytes", ErrTooLarge, shown(h.Name), off, b.limits.Unpacked)
 	}
-	_, err := io.Copy(io.Discard, &ctxReader{b.ctx, tr})
+	_, err := io.Copy(io.Discard, replicate.ContextReader(b.ctx, tr))
 	if err == nil || b.ctx.Err() != nil {
 		return b.ctx.Err()
 	}

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"espmirror/fatdriver"
+	"espmirror/replicate"
 )
 
 // Member is a file or directory that goes into an archive.
@@ -222,7 +223,7 @@ func (m Member) copy(ctx context.Context, w io.Writer, fsys fs.FS) error {
 		return pathError(m.Path, err)
 	}
 	defer f.Close()
-	n, err := io.CopyBuffer(struct{ io.Writer }{w}, &ctxReader{ctx, io.LimitReader(f, m.Size)}, make([]byte, 1<<20))
+	n, err := io.CopyBuffer(struct{ io.Writer }{w}, replicate.ContextReader(ctx, io.LimitReader(f, m.Size)), make([]byte, 1<<20))
 	if err == nil && n != m.Size {
 		err = fmt.Errorf("%d bytes of %d: %w", n, m.Size, io.ErrUnexpectedEOF)
 	}
