@@ -15,6 +15,7 @@
 //   - A later member replaces an earlier one of the same name, as it does when an archive is unpacked. Two directories of
 //     one name are one, with the time of the later. One name for a directory and for something else is an error.
 //   - A hard link has the content that its target has at that place in the archive.
+//   - Global pax headers do not apply; one that is about names or sizes is refused, with the archive.
 //   - Several cpio archives one behind the other, as in an initrd, are read as if unpacked one after the other.
 //
 // What FAT cannot hold is in the tree with an error, which counts when it is selected: symbolic links, devices, names with

@@ -472,6 +472,9 @@ func TestRefused(t *testing.T) {
 	multi := tarOf(t, file("a", "1"))
 	multi[156] = 'M'
 	sumTar(multi)
+	globalSize := tarOf(t, file("g", "9 size=1\n"))[:2*blockSize]
+	globalSize[156] = 'g'
+	sumTar(globalSize)
 	for _, c := range []struct {
 		name string
 		data []byte
@@ -509,6 +512,7 @@ func TestRefused(t *testing.T) {
 		{"the root again and again", cpioOf(newc{mode: cpioDir, name: "."}, newc{mode: cpioDir, name: "."}), Limits{Members: 1}, ErrTooLarge, "more than its 1th"},
 		{"links to nothing", tarOf(t, hardLink("l", strings.Repeat("n", 4000)), hardLink("m", strings.Repeat("n", 4000))), Limits{Names: 6000}, ErrTooLarge, "its names have more than 6000 bytes"},
 		{"links to links", tarOf(t, hardLink("a", "x"), hardLink("b", "a"), hardLink("c", "b"), hardLink("d", "c")), Limits{Names: 300}, ErrTooLarge, "its names have more than 300 bytes"},
+		{"global size", append(globalSize, tarOf(t, file("a", "12"))...), Limits{}, ErrDamaged, `the global header at offset 0x0 has "size"`},
 		{"sparse map", badMap, Limits{}, ErrDamaged, `the sparse member "sparse" at offset 0x0 is damaged: `},
 		{"holes", holes, Limits{Unpacked: 4096}, ErrTooLarge, `with the holes of the member "sparse" at offset 0x0`},
 		{"names", tarOf(t, file("abc", "1"), file("def", "2")), Limits{Names: 5}, ErrTooLarge, "its names have more than 5 bytes"},

@@ -138,8 +138,17 @@ func (b *builder) addTar(h *tar.Header, off, data, end int64) error {
 	n := &node{mode: fs.FileMode(h.Mode) & 0o777, mtime: h.ModTime}
 	switch h.Typeflag {
 	case tar.TypeXGlobalHeader, typeVolume:
+		for k := range h.PAXRecords {
+			// archive/tar does not apply them. Other records say nothing about the bytes of files.
+			if k == "path" || k == "linkpath" || k == "size" || strings.HasPrefix(k, "GNU.sparse.") {
+				return fmt.Errorf("%w: the global header at offset 0x%x has %q for all members behind it, which is not read", ErrDamaged, off, k)
+			}
+		}
 		return b.count(off) // no member, but an archive of nothing else must end as well
 	case tar.TypeReg, tar.TypeCont, tar.TypeGNUSparse:
+		if v := sparseVersion(h); v != "" {
+			return b.add(h.Name, off, &node{err: fmt.Errorf("cannot replicate %s: it is a sparse file of the unknown version %s", shown(h.Name), v)})
+		}
 		c := &content{off: data, size: h.Size}
 		if isSparse(h) {
 			c.off, c.sparse = off, true
@@ -198,6 +207,18 @@ func isSparse(h *tar.Header) bool {
 		}
 	}
 	return false
+}
+
+// sparseVersion is the version of a pax sparse file that archive/tar takes for any other file, whose map would be among its
+// data; "" when there is none.
+func sparseVersion(h *tar.Header) string {
+	major, minor := h.PAXRecords["GNU.sparse.major"], h.PAXRecords["GNU.sparse.minor"]
+	switch v := major + "." + minor; v {
+	case ".", "0.0", "0.1", "1.0":
+		return ""
+	default:
+		return fmt.Sprintf("%.20q", v)
+	}
 }
 
 // checkSparse reads a sparse member to its end: whether the map of its pieces fits what is in the archive shows only then,
