@@ -11,7 +11,9 @@ import (
 	"io"
 	"io/fs"
 	"slices"
+	"strings"
 	"unicode/utf16"
+	"unicode/utf8"
 
 	diskfs "github.com/diskfs/go-diskfs/partition/gpt"
 	"github.com/google/uuid"
@@ -20,7 +22,8 @@ import (
 )
 
 var (
-	// ErrNoRoom is returned when a partition does not fit on a disk, or a table has no entry left for it.
+	// ErrNoRoom is returned when a partition does not fit on a disk, or a table has no entry left for it, or another one with
+	// its GUID.
 	ErrNoRoom = errors.New("there is no room")
 
 	// ErrUnsound is returned by what changes a table that is not as it should be in all its parts. The table was not touched.
@@ -193,6 +196,9 @@ func planCreate(size int64, sector int, disk uuid.UUID, parts []Partition) ([]ta
 
 // CheckName says what is wrong with the name of a partition; nil when nothing is.
 func CheckName(name string) error {
+	if !utf8.ValidString(name) || strings.Contains(name, "\x00") {
+		return fmt.Errorf("cannot name a partition %q: it is not UTF-8 without NULs", name) // a NUL ends it
+	}
 	if n := len(utf16.Encode([]rune(name))); n > maxName {
 		return fmt.Errorf("cannot name a partition %q: it has %d UTF-16 units, at most %d fit", name, n, maxName)
 	}
@@ -320,6 +326,9 @@ func insert(d blockdev.Device, sector int, p *Partition) (int, error) {
 				slot, blank = i, zero
 			}
 			continue
+		}
+		if bytes.Equal(e[offEntryGUID:offEntryStart], entryBytes(p, sector, entrySize)[offEntryGUID:offEntryStart]) {
+			return 0, fmt.Errorf("%w: partition %d has the GUID %s", ErrNoRoom, i+1, p.GUID)
 		}
 		start, end := le.Uint64(e[offEntryStart:]), le.Uint64(e[offEntryEnd:])
 		if start <= uint64(p.End())/uint64(sector)-1 && end >= uint64(p.Start)/uint64(sector) {

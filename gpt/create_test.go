@@ -87,6 +87,8 @@ func TestCreateRefuses(t *testing.T) {
 		{Partition{Number: 1, Start: 1 << 20, Size: 0}, "is not between"},
 		{Partition{Number: 1, Start: 1<<20 + 100, Size: 1 << 20}, "sectors of 512"},
 		{Partition{Number: 1, Start: 1 << 20, Size: 1 << 20, Name: strings.Repeat("𝄞", 19)}, "38 UTF-16 units"},
+		{Partition{Number: 1, Start: 1 << 20, Size: 1 << 20, Name: "a\x00b"}, "without NULs"},
+		{Partition{Number: 1, Start: 1 << 20, Size: 1 << 20, Name: "a\xff"}, "is not UTF-8"},
 		{Partition{Number: 200, Start: 1 << 20, Size: 1 << 20}, "invalid index"},
 		{Partition{Number: 3, Start: 6 << 20, Size: 1 << 20}, "overlap"},
 	} {
@@ -273,6 +275,8 @@ func TestInsertRefuses(t *testing.T) {
 		"overlap":         {p: func(p *Partition) { p.Start = 4 << 20 }, want: ErrNoRoom},
 		"behind the end":  {p: func(p *Partition) { p.Size = 3 << 20 }, want: ErrNoRoom},
 		"in the table":    {p: func(p *Partition) { p.Start, p.Size = 512, 1024 }, want: ErrNoRoom},
+		"a GUID twice":    {p: func(p *Partition) { p.GUID = DeriveGUID("t", "esp") }, want: ErrNoRoom},
+		"NUL":             {p: func(p *Partition) { p.Name = "a\x00b" }, want: nil},
 		"not a sector":    {p: func(p *Partition) { p.Size = 1000 }, want: ErrNoRoom},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -290,7 +294,7 @@ func TestInsertRefuses(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if _, err := Insert(mem, table, []Partition{q}); !errors.Is(err, tc.want) {
+			if _, err := Insert(mem, table, []Partition{q}); err == nil || tc.want != nil && !errors.Is(err, tc.want) {
 				t.Error(err)
 			}
 			if !bytes.Equal(before, data) {
