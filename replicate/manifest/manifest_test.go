@@ -21,14 +21,14 @@ import (
 func TestMain(m *testing.M) { os.Exit(fixtures.Main(m)) }
 
 var testTree = fixtures.TreeSpec{
-	"EFI/BOOT/BOOTX64.EFI":    fixtures.Random(300_000, 7),
-	"EFI/espmirror/state":     fixtures.Text("own"),
-	"EFI/Linux/Ünïcode & more":   fixtures.Text("uki"),
-	"loader/esp-sync":         fixtures.Text("member 6f0c5c7e-0000-4000-8000-000000000001\n"),
-	"loader/random-seed":      fixtures.Text("own"),
-	"loader/entries/a.conf":   fixtures.Text("title a\n"),
-	"loader/entries.srel":     fixtures.Text(""),
-	"System Volume Info/file": fixtures.Text("stated, as nobody else says what it is"),
+	"EFI/BOOT/BOOTX64.EFI":     fixtures.Random(300_000, 7),
+	"EFI/espmirror/state":      fixtures.Text("own"),
+	"EFI/Linux/Ünïcode & more": fixtures.Text("uki"),
+	"loader/esp-sync":          fixtures.Text("member 6f0c5c7e-0000-4000-8000-000000000001\n"),
+	"loader/random-seed":       fixtures.Text("own"),
+	"loader/entries/a.conf":    fixtures.Text("title a\n"),
+	"loader/entries.srel":      fixtures.Text(""),
+	"System Volume Info/file":  fixtures.Text("stated, as nobody else says what it is"),
 }
 
 // makeVolume makes a volume in memory.
@@ -187,21 +187,26 @@ func TestOfRefuses(t *testing.T) {
 		t.Error(err)
 	}
 	// A run that was cut between two commits.
-	src := replicate.NewFileSource("memory", []replicate.File{{Path: "loader/new.conf", Content: []byte("1")}, {Path: "EFI/BOOT/new", Content: []byte("2")}})
-	cut := blockdev.NewMem(bytes.Clone(mem.Bytes()), 512)
-	rec := blockdev.NewRecorder(cut)
-	if _, err := replicate.Sync(context.Background(), src, []*replicate.Target{{Name: "volume", Dev: rec}},
-		replicate.Options{Selection: replicate.Selection{Select: []string{"loader", "EFI/BOOT"}}}); err != nil {
-		t.Fatal(err)
+	target := blockdev.NewMem(bytes.Clone(mem.Bytes()), 512)
+	rec := blockdev.NewRecorder(target)
+	var whole *blockdev.Mem
+	files := []replicate.File{{Path: "loader/new.conf", Content: []byte("1")}, {Path: "EFI/BOOT/new", Content: []byte("2")}}
+	for range 2 { // the first run makes the journal
+		rec.Reset()
+		whole = blockdev.NewMem(bytes.Clone(target.Bytes()), 512)
+		files[0].Content = append(files[0].Content, '1')
+		if _, err := replicate.Put(context.Background(), &replicate.Target{Name: "volume", Dev: rec}, files, replicate.Options{}); err != nil {
+			t.Fatal(err)
+		}
 	}
 	refused := 0
-	whole := blockdev.NewMem(bytes.Clone(mem.Bytes()), 512)
 	for _, op := range rec.Ops() {
 		if op.Kind == blockdev.OpWrite {
 			if _, err := whole.WriteAt(op.Data, op.Off); err != nil {
 				t.Fatal(err)
 			}
-			if _, err := Of(context.Background(), &replicate.Target{Dev: whole}, nil); errors.Is(err, replicate.ErrNeedsRecovery) {
+			_, err := Of(context.Background(), &replicate.Target{Dev: whole}, nil)
+			if errors.Is(err, replicate.ErrNeedsRecovery) {
 				refused++
 			}
 		}
