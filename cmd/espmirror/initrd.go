@@ -12,7 +12,7 @@ import (
 )
 
 // The program for an initramfs leaves out the sources that are not there at boot, because of their size: archives, and exFAT
-// volumes; and `init`. It takes no file for one of them, so that what is named is refused as what it is not.
+// volumes; `init`, and manifests. It takes no file for one of them, so that what is named is refused as what it is not.
 
 func (inv *invocation) initCommand() *cli.Command { return nil }
 
@@ -52,3 +52,23 @@ func (m *members) exfatSource() (replicate.Source, error) { return nil, nil }
 func targetHint(err error, _ *gpt.Location) error { return err }
 
 func (c *checkedVolume) checkExFAT(*volume) error { return errNotInInitrd }
+
+func manifestFlags() []cli.Flag { return nil }
+
+type manifestOutput struct{}
+
+func (inv *invocation) newManifest([]string) (*manifestOutput, error) { return nil, nil }
+
+func (o *manifestOutput) manifestAfter(_ *members, _ bool, err error) error { return err }
+
+func (m *members) imageNames() []string { return nil }
+
+const (
+	maxVerifyArgs = 0 // how many arguments `verify` takes
+	verifyUsage   = "espmirror verify [OPTIONS] [--primary VOLUME] [--target VOLUME]..."
+	verifyText    = "Nothing is written."
+)
+
+func verifyFlags() []cli.Flag { return nil }
+
+func (inv *invocation) verifyManifest() (report, error) { return nil, nil }

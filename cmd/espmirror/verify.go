@@ -15,14 +15,17 @@ func (inv *invocation) verifyCommand() *cli.Command {
 	return &cli.Command{
 		Name:        "verify",
 		Usage:       "read every selected byte of primary and targets, and tell the differences",
-		UsageText:   "espmirror verify [OPTIONS] [--primary VOLUME] [--target VOLUME]...",
-		Description: "Nothing is written.",
-		Flags:       append(append(setFlags(), selectFlags()...), noProgressFlag()),
-		Action:      inv.action(0, 0, "name the volumes with --primary and --target", inv.verify),
+		UsageText:   verifyUsage,
+		Description: verifyText,
+		Flags:       append(append(append(setFlags(), selectFlags()...), noProgressFlag()), verifyFlags()...),
+		Action:      inv.action(0, maxVerifyArgs, "name the volumes with --primary and --target", inv.verify),
 	}
 }
 
 func (inv *invocation) verify() (report, error) {
+	if rep, err := inv.verifyManifest(); rep != nil || err != nil {
+		return rep, err
+	}
 	m, err := inv.newMembers("verify")
 	if err != nil {
 		return nil, err
