@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
+	"runtime"
 	"sync"
 
 	"github.com/urfave/cli/v2"
@@ -18,6 +19,9 @@ import (
 	"espmirror/replicate"
 	"espmirror/replicate/manifest"
 )
+
+// manifests says that there are manifests, which the program for an initramfs does without.
+const manifests = true
 
 // manifestFlags are those of the commands that write a manifest.
 func manifestFlags() []cli.Flag {
@@ -68,7 +72,7 @@ func (inv *invocation) newManifest(targets []string) (*manifestOutput, error) {
 		seen[base] = name
 	}
 	if o.file == standardInput {
-		inv.quiet = true // the manifest is all that goes to standard output
+		inv.quiet = inv.quiet || !inv.flag("dry-run") // the manifest is all that goes to standard output
 		return o, nil
 	}
 	return o, manifest.CheckStore(o.file, o.key != nil)
@@ -286,17 +290,26 @@ func (inv *invocation) stateVolume(ctx context.Context, loc *gpt.Location, progr
 	return v, c.Tree, nil
 }
 
-// manifestAfter writes the manifest of a run that is over, unless something went wrong in it: a manifest of some targets
-// would be taken for one of all. err is the run's, and stays what it was.
-func (o *manifestOutput) manifestAfter(m *members, dryRun bool, err error) error {
-	switch {
-	case o == nil || dryRun:
-		return err
-	case err != nil:
-		o.inv.log.Warn("no manifest was written, as not all went well", "file", o.file)
-		return err
+// thenManifest runs a sync, and writes the manifest of its targets where one was asked for; unless something went wrong, as
+// a manifest of some of the targets would be taken for one of all. The error of the sync stays what it was.
+func (inv *invocation) thenManifest(m *members, dryRun bool, run func() (report, error)) (report, error) {
+	out, err := inv.newManifest(m.imageNames())
+	if err != nil {
+		m.close()
+		return nil, err
 	}
-	return o.write(m.imageNames(), len(m.targets))
+	rep, err := run()
+	names := m.imageNames() // a partition that came late has its name by now
+	switch {
+	case out == nil || dryRun:
+	case err != nil:
+		inv.log.Warn("no manifest was written, as not all went well", "file", out.file)
+	case len(names) == 0:
+		inv.log.Warn("no manifest was written, as there is no target", "file", out.file)
+	default:
+		err = out.write(names, runtime.NumCPU())
+	}
+	return rep, err
 }
 
 // imageNames are the targets by the names of what holds them: a disk or image that was named as such stands for both of

@@ -14,7 +14,7 @@ import (
 )
 
 func (inv *invocation) syncCommand() *cli.Command {
-	return &cli.Command{
+	c := &cli.Command{
 		Name:  "sync",
 		Usage: "make the selected files of each target those of the primary",
 		UsageText: "espmirror sync [OPTIONS]\n" +
@@ -22,7 +22,7 @@ func (inv *invocation) syncCommand() *cli.Command {
 		Description: "With no volume named, from the ESP that was booted to the other members of its replica set.\n" +
 			"An interrupted earlier run is finished first. A power cut at any moment leaves on each target the old\n" +
 			"files or the new ones. With --dry-run the whole plan is printed, and nothing is written.",
-		Flags: append(append(append(setFlags(), selectFlags()...),
+		Flags: append(append(setFlags(), selectFlags()...),
 			&cli.BoolFlag{Name: "dry-run", Aliases: []string{"n"}, Usage: "print what would be done, and write nothing", DisableDefaultText: true},
 			&cli.GenericFlag{Name: "keep-free", Value: &once{}, Usage: "refuse a target that would have less than `SIZE` free at the peak (64M, 1G)"},
 			&cli.StringFlag{Name: "compare", Value: "content", Usage: "how to find what changed; `MODE` is content, or fingerprint, which reads no file where nothing has changed"},
@@ -30,9 +30,13 @@ func (inv *invocation) syncCommand() *cli.Command {
 			timeoutFlag(),
 			&cli.StringFlag{Name: "random-seed", Value: "no", Usage: "also give each target a fresh random seed of its own: `yes|no`"},
 			&cli.StringFlag{Name: "read-back", Value: "yes", Usage: "compare what was written with the medium before the commit: `yes|no`"},
-			noProgressFlag()), manifestFlags()...),
+			noProgressFlag()),
 		Action: inv.action(0, 0, "name the volumes with --primary and --target", inv.sync),
 	}
+	if manifests {
+		c.Flags = append(c.Flags, manifestFlags()...)
+	}
+	return c
 }
 
 func (inv *invocation) sync() (report, error) {
@@ -74,13 +78,10 @@ func (inv *invocation) sync() (report, error) {
 	if err != nil {
 		return nil, err
 	}
-	out, err := inv.newManifest(m.imageNames())
-	if err != nil {
-		m.close()
-		return nil, err
+	if manifests {
+		return inv.thenManifest(m, dryRun, func() (report, error) { return inv.replicate(m, o, run, !dryRun) })
 	}
-	rep, err := inv.replicate(m, o, run, !o.DryRun)
-	return rep, out.manifestAfter(m, dryRun, err)
+	return inv.replicate(m, o, run, !o.DryRun)
 }
 
 // thenSeeds gives each ESP that is in sync a fresh random seed. The ESPs are the last job.

@@ -12,19 +12,25 @@ import (
 type engineRun = func(context.Context, []replicate.Job) ([][]replicate.Result, error)
 
 func (inv *invocation) verifyCommand() *cli.Command {
-	return &cli.Command{
+	c := &cli.Command{
 		Name:        "verify",
 		Usage:       "read every selected byte of primary and targets, and tell the differences",
 		UsageText:   verifyUsage,
 		Description: verifyText,
-		Flags:       append(append(append(setFlags(), selectFlags()...), noProgressFlag()), verifyFlags()...),
+		Flags:       append(append(setFlags(), selectFlags()...), noProgressFlag()),
 		Action:      inv.action(0, maxVerifyArgs, "name the volumes with --primary and --target", inv.verify),
 	}
+	if manifests {
+		c.Flags = append(c.Flags, verifyFlags()...)
+	}
+	return c
 }
 
 func (inv *invocation) verify() (report, error) {
-	if rep, err := inv.verifyManifest(); rep != nil || err != nil {
-		return rep, err
+	if manifests {
+		if rep, err := inv.verifyManifest(); rep != nil || err != nil {
+			return rep, err
+		}
 	}
 	m, err := inv.newMembers("verify")
 	if err != nil {

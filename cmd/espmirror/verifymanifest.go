@@ -142,7 +142,7 @@ func (x *manifestVerifier) image(name string, entry *manifest.Image) {
 	r := imageReport{Name: filepath.Clean(name), Differences: []differenceReport{}, Volumes: []volumeReport{}}
 	err := x.compare(&r, name, entry)
 	if err != nil {
-		err = prefixed("verify", r.Name, err)
+		err = fmt.Errorf("cannot verify %s: %w", r.Name, err)
 		x.errs = append(x.errs, err)
 		r.Error = newJSONError(err)
 	}
