@@ -105,6 +105,20 @@ func TestOf(t *testing.T) {
 	}
 }
 
+// TestOfDropsCaches: what is read is read from the medium.
+func TestOfDropsCaches(t *testing.T) {
+	var first *blockdev.OpKind
+	dev := blockdev.NewFaulty(testVolume(t), func(op blockdev.Op) error {
+		if first == nil {
+			first = &op.Kind
+		}
+		return nil
+	})
+	if of(t, dev); first == nil || *first != blockdev.OpInvalidate {
+		t.Errorf("the first operation is %v", first)
+	}
+}
+
 // TestOfFaults lets each read of a volume fail, and the dropping of caches.
 func TestOfFaults(t *testing.T) {
 	mem := testVolume(t)
