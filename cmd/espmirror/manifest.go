@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/ed25519"
 	"errors"
@@ -19,9 +20,6 @@ import (
 	"espmirror/replicate"
 	"espmirror/replicate/manifest"
 )
-
-// manifests says that there are manifests, which the program for an initramfs does without.
-const manifests = true
 
 // manifestFlags are those of the commands that write a manifest.
 func manifestFlags() []cli.Flag {
@@ -78,13 +76,13 @@ func (inv *invocation) newManifest(targets []string) (*manifestOutput, error) {
 	return o, manifest.CheckStore(o.file, o.key != nil)
 }
 
-// write reads the targets again, so many at a time, and writes what they hold. Nothing is written when one cannot be read.
+// write reads the targets again, as many at a time as --jobs says or there are processors, and writes what they hold. Nothing is written when one cannot be read.
 // The error has no exit status of its own: that of a refusal would say that nothing at all was written.
-func (o *manifestOutput) write(targets []string, jobs int) error {
+func (o *manifestOutput) write(targets []string) error {
 	if o == nil {
 		return nil
 	}
-	err := o.writeAll(targets, jobs)
+	err := o.writeAll(targets, cmp.Or(o.inv.jobs, runtime.NumCPU()))
 	if err != nil && o.inv.ctx.Err() == nil {
 		err = &manifestError{err}
 	}
@@ -307,7 +305,7 @@ func (inv *invocation) thenManifest(m *members, dryRun bool, run func() (report,
 	case len(names) == 0:
 		inv.log.Warn("no manifest was written, as there is no target", "file", out.file)
 	default:
-		err = out.write(names, runtime.NumCPU())
+		err = out.write(names)
 	}
 	return rep, err
 }

@@ -252,7 +252,7 @@ func TestVerifyManifest(t *testing.T) {
 		t.Fatal(err)
 	}
 	out := &manifestOutput{inv: inv, file: "images/m.json", key: key}
-	if err := out.write([]string{"images/two.img", "images/one.img"}, 2); err != nil {
+	if err := out.write([]string{"images/two.img", "images/one.img"}); err != nil {
 		t.Fatal(err)
 	}
 	b.writes = false
@@ -412,7 +412,7 @@ func TestVerifyManifestPending(t *testing.T) {
 	r.interrupt("--primary", primary, "--target", target)
 	r.run("verify", "--manifest", "m.json", target).want(exitRecover).has("needs recovery", "hint: run `espmirror recover "+target)
 	inv := &invocation{app: r.app, ctx: context.Background(), system: r.app.system, log: newLogger(&r.err, 0)}
-	err := (&manifestOutput{inv: inv, file: "new.json"}).write([]string{target}, 1)
+	err := (&manifestOutput{inv: inv, file: "new.json"}).write([]string{target})
 	if err == nil || !strings.Contains(err.Error(), replicate.ErrNeedsRecovery.Error()) || exitCode(err) != exitFailed || hintOf(err) == "" {
 		t.Error(err)
 	}

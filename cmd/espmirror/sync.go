@@ -30,10 +30,10 @@ func (inv *invocation) syncCommand() *cli.Command {
 			timeoutFlag(),
 			&cli.StringFlag{Name: "random-seed", Value: "no", Usage: "also give each target a fresh random seed of its own: `yes|no`"},
 			&cli.StringFlag{Name: "read-back", Value: "yes", Usage: "compare what was written with the medium before the commit: `yes|no`"},
-			noProgressFlag()),
+			jobsFlag(), noProgressFlag()),
 		Action: inv.action(0, 0, "name the volumes with --primary and --target", inv.sync),
 	}
-	if manifests {
+	if !forInitrd {
 		c.Flags = append(c.Flags, manifestFlags()...)
 	}
 	return c
@@ -74,11 +74,14 @@ func (inv *invocation) sync() (report, error) {
 	if _, _, err := inv.timeout(); err != nil {
 		return nil, err
 	}
+	if err := inv.readJobs(); err != nil {
+		return nil, err
+	}
 	m, err := inv.newMembers("sync")
 	if err != nil {
 		return nil, err
 	}
-	if manifests {
+	if !forInitrd {
 		return inv.thenManifest(m, dryRun, func() (report, error) { return inv.replicate(m, o, run, !dryRun) })
 	}
 	return inv.replicate(m, o, run, !o.DryRun)

@@ -20,14 +20,14 @@ func (inv *invocation) verifyCommand() *cli.Command {
 		Flags:       append(append(setFlags(), selectFlags()...), noProgressFlag()),
 		Action:      inv.action(0, maxVerifyArgs, "name the volumes with --primary and --target", inv.verify),
 	}
-	if manifests {
+	if !forInitrd {
 		c.Flags = append(c.Flags, verifyFlags()...)
 	}
 	return c
 }
 
 func (inv *invocation) verify() (report, error) {
-	if manifests {
+	if !forInitrd {
 		if rep, err := inv.verifyManifest(); rep != nil || err != nil {
 			return rep, err
 		}

@@ -22,7 +22,7 @@ const (
 	verifyUsage   = "espmirror verify [OPTIONS] [--primary VOLUME] [--target VOLUME]...\n" +
 		"espmirror verify [OPTIONS] --manifest FILE [--verify-key KEY] [IMAGE|DISK|VOLUME]..."
 	verifyText = "Nothing is written.\n\n" +
-		"With a manifest, which `sync --manifest` writes, no primary is needed: each argument is compared with what the\n" +
+		"With a manifest, which `init --manifest` and `sync --manifest` write, no primary is needed: each argument is compared with what the\n" +
 		"manifest states of it, files and identity. Its entry is found by the disk GUID, else by the name, else by the GUID of\n" +
 		"a partition. loader/random-seed and EFI/espmirror are each volume's own, and in no manifest."
 )

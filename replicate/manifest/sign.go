@@ -2,11 +2,10 @@ package manifest
 
 import (
 	"bytes"
+	"cmp"
 	"crypto"
-	"crypto/ecdsa"
 	"crypto/ed25519"
-	"crypto/rsa"
-	"crypto/x509"
+	"encoding/asn1"
 	"encoding/pem"
 	"errors"
 	"fmt"
@@ -41,15 +40,25 @@ func ReadPrivateKey(file string) (ed25519.PrivateKey, error) {
 	default:
 		return nil, keyErrorf(file, "it holds %.40q, not the private key that `openssl genpkey -algorithm ed25519` makes", block.Type)
 	}
-	k, err := x509.ParsePKCS8PrivateKey(block.Bytes)
+	var outer struct { // RFC 5958, "Asymmetric Key Package": what may follow is of no use here
+		Version   int
+		Algorithm algorithm
+		Key       []byte
+	}
+	var seed []byte
+	if err = whole(asn1.Unmarshal(block.Bytes, &outer)); err == nil {
+		err = outer.Algorithm.check()
+	}
+	if err == nil {
+		err = whole(asn1.Unmarshal(outer.Key, &seed))
+	}
+	if err == nil && len(seed) != ed25519.SeedSize {
+		err = fmt.Errorf("its seed has %d bytes, and one of Ed25519 has %d", len(seed), ed25519.SeedSize)
+	}
 	if err != nil {
 		return nil, keyErrorf(file, "%v", err)
 	}
-	key, ok := k.(ed25519.PrivateKey)
-	if !ok {
-		return nil, keyErrorf(file, "it is a key for %s, not Ed25519", algorithm(k))
-	}
-	return key, nil
+	return ed25519.NewKeyFromSeed(seed), nil
 }
 
 // ReadPublicKey reads the key to check signatures with: PKIX in PEM, as `openssl pkey -pubout` writes it (RFC 8410,
@@ -66,29 +75,52 @@ func ReadPublicKey(file string) (ed25519.PublicKey, error) {
 	default:
 		return nil, keyErrorf(file, "it holds %.40q, not the public key that `openssl pkey -pubout` gives", block.Type)
 	}
-	k, err := x509.ParsePKIXPublicKey(block.Bytes)
+	var outer struct { // RFC 5280, "Subject Public Key Info"
+		Algorithm algorithm
+		Key       asn1.BitString
+	}
+	if err = whole(asn1.Unmarshal(block.Bytes, &outer)); err == nil {
+		err = outer.Algorithm.check()
+	}
+	if n := outer.Key.BitLength; err == nil && n != 8*ed25519.PublicKeySize {
+		err = fmt.Errorf("it has %d bits, and one of Ed25519 has %d", n, 8*ed25519.PublicKeySize)
+	}
 	if err != nil {
 		return nil, keyErrorf(file, "%v", err)
 	}
-	key, ok := k.(ed25519.PublicKey)
-	if !ok {
-		return nil, keyErrorf(file, "it is a key for %s, not Ed25519", algorithm(k))
-	}
-	return key, nil
+	return ed25519.PublicKey(outer.Key.Bytes), nil
 }
 
 func keyErrorf(file, format string, a ...any) error {
 	return fmt.Errorf("cannot read key %s: %w: %s", file, ErrKey, fmt.Sprintf(format, a...))
 }
 
-func algorithm(key any) string {
-	switch key.(type) {
-	case *rsa.PrivateKey, *rsa.PublicKey:
-		return "RSA"
-	case *ecdsa.PrivateKey, *ecdsa.PublicKey:
-		return "ECDSA"
+// algorithm is an AlgorithmIdentifier: RFC 5280, "Signature Algorithm". crypto/x509 knows it too, and adds 0.8 MB to the program.
+type algorithm struct {
+	OID        asn1.ObjectIdentifier
+	Parameters asn1.RawValue `asn1:"optional"`
+}
+
+// oidEd25519 is id-Ed25519, which has no parameters: RFC 8410, "Curve25519 and Curve448 Algorithm Identifiers".
+var oidEd25519 = asn1.ObjectIdentifier{1, 3, 101, 112}
+
+func (a *algorithm) check() error {
+	others := map[string]string{"1.2.840.113549.1.1.1": "RSA", "1.2.840.10045.2.1": "ECDSA", "1.3.101.113": "Ed448"}
+	switch {
+	case !a.OID.Equal(oidEd25519):
+		return fmt.Errorf("it is a key for %s, not Ed25519", cmp.Or(others[a.OID.String()], "another algorithm"))
+	case len(a.Parameters.FullBytes) > 0:
+		return errors.New("it has parameters, and a key for Ed25519 has none")
 	}
-	return "another algorithm"
+	return nil
+}
+
+// whole is the error of a structure that something follows.
+func whole(rest []byte, err error) error {
+	if err == nil && len(rest) > 0 {
+		err = fmt.Errorf("there are %d more bytes behind its end", len(rest))
+	}
+	return err
 }
 
 // readPEM reads the one block of a file. Of two keys nobody could say which one counts.
