@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"slices"
@@ -424,7 +425,8 @@ func (r *initRun) carryOut() error {
 	})
 	living := slices.DeleteFunc(slices.Clone(all), func(x *making) bool { return x.err != nil })
 	bar := r.inv.startProgress()
-	errs, err := fill(r.inv, r.m, living, replicate.Options{Random: r.random("fill"), Log: r.inv.engineLog(false), Progress: bar.callback()})
+	errs, err := fill(r.inv, r.m, living, replicate.Options{Random: r.random("fill"), Progress: bar.callback(),
+		Log: slog.New(stepwise{r.inv.log.Handler(), ""})})
 	bar.stop()
 	for i, x := range living {
 		if x.fail(errs[i]); x.err == nil {
