@@ -10,6 +10,7 @@ import (
 	"sync"
 	"sync/atomic"
 
+	"github.com/diskfs/go-diskfs/backend"
 	"github.com/diskfs/go-diskfs/backend/file"
 	"golang.org/x/sys/unix"
 )
@@ -223,7 +224,13 @@ func open(path string, mode Mode, o options) (*Disk, error) {
 		}
 	}()
 
-	storage, err := file.OpenFromPathWithExclusive(path, mode == ReadOnly, claim.needsExclusive())
+	late := mode == ReadWrite && id.Block
+	var storage backend.Storage
+	if late {
+		storage, err = openLate(path, claim.needsExclusive())
+	} else {
+		storage, err = file.OpenFromPathWithExclusive(path, mode == ReadOnly, false)
+	}
 	switch {
 	case errors.Is(err, unix.EBUSY):
 		by, herr := o.system.Holders(id)
@@ -272,6 +279,9 @@ func open(path string, mode Mode, o options) (*Disk, error) {
 			if ro != 0 {
 				return nil, ErrReadOnly
 			}
+			if err := unix.Faccessat(unix.AT_FDCWD, path, unix.W_OK, unix.AT_EACCESS); err != nil {
+				return nil, err
+			}
 		}
 		d.drop = func() error { return dropBlock(fd, o.system, id) }
 	} else {
@@ -281,7 +291,12 @@ func open(path string, mode Mode, o options) (*Disk, error) {
 		return nil, err
 	}
 	d.sync = func() error { return retryInterrupted(func() error { return unix.Fdatasync(fd) }) }
-	if mode == ReadWrite {
+	closeWriter := func() error { return nil }
+	switch {
+	case late:
+		w := &lateWriter{path: path, id: id}
+		d.w, closeWriter = w, w.close
+	case mode == ReadWrite:
 		if d.w, err = storage.Writable(); err != nil {
 			return nil, err
 		}
@@ -289,11 +304,82 @@ func open(path string, mode Mode, o options) (*Disk, error) {
 	held := claim
 	claim, keep = nil, true
 	d.close = func() error {
-		err := storage.Close()
+		err := closeWriter()
+		if cerr := storage.Close(); err == nil {
+			err = cerr
+		}
 		held.release()
 		return err
 	}
 	return d, nil
+}
+
+// openLate opens a block device that may be written to later. go-diskfs knows O_EXCL only together with writing.
+func openLate(path string, exclusive bool) (backend.Storage, error) {
+	flags := os.O_RDONLY
+	if exclusive {
+		flags |= unix.O_EXCL
+	}
+	f, err := os.OpenFile(path, flags, 0)
+	if err != nil {
+		return nil, err
+	}
+	return file.New(f, true), nil
+}
+
+// lateWriter opens a block device for writing when the first bytes are to be written, and not before: udev looks anew at
+// each disk that was open for writing when it is closed, and at all its partitions. A run with nothing to do must not cost a boot
+// that. The device is held with O_EXCL all the time by a descriptor for reading. Both have one page cache: that one reads what
+// this one wrote, and its fdatasync(2) writes it out and fails where that fails, as it was opened before.
+type lateWriter struct {
+	path string
+	id   ID
+
+	mu   sync.Mutex
+	file *os.File
+}
+
+// WriteAt implements io.WriterAt.
+func (w *lateWriter) WriteAt(p []byte, off int64) (int, error) {
+	f, err := w.open()
+	if err != nil {
+		return 0, err
+	}
+	return f.WriteAt(p, off)
+}
+
+func (w *lateWriter) open() (*os.File, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.file != nil {
+		return w.file, nil
+	}
+	f, err := os.OpenFile(w.path, os.O_RDWR|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, err
+	}
+	info, err := f.Stat()
+	if err == nil {
+		var now ID
+		if now, err = identify(info); err == nil && now != w.id {
+			err = fmt.Errorf("%s was replaced by %s meanwhile", w.id, now)
+		}
+	}
+	if err != nil {
+		_ = f.Close()
+		return nil, err
+	}
+	w.file = f
+	return f, nil
+}
+
+func (w *lateWriter) close() error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.file == nil {
+		return nil
+	}
+	return w.file.Close()
 }
 
 // readGeometry asks the kernel for the sizes of a block device.

@@ -86,6 +86,87 @@ func TestLoopExclusive(t *testing.T) {
 	_ = second.Close()
 }
 
+// TestLoopOpenedLate asks the kernel, as udev does, whether the device was open for writing when it was closed.
+func TestLoopOpenedLate(t *testing.T) {
+	path := image(t, 1<<20)
+	node := loop(t, path)
+	watch, err := unix.InotifyInit1(unix.IN_NONBLOCK | unix.IN_CLOEXEC)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(watch)
+	if _, err := unix.InotifyAddWatch(watch, node, unix.IN_CLOSE_WRITE); err != nil {
+		t.Fatal(err)
+	}
+	told := func() bool {
+		_, err := unix.Read(watch, make([]byte, 4096))
+		return err == nil
+	}
+	d := mustOpen(t, node, ReadWrite)
+	if _, err := d.ReadAt(make([]byte, 512), 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(d.Invalidate(), d.Flush()); err != nil {
+		t.Fatal(err)
+	}
+	if f, err := os.OpenFile(node, os.O_RDONLY|unix.O_EXCL, 0); err == nil {
+		_ = f.Close()
+		t.Error("it is not held")
+	}
+	if err := d.Close(); err != nil || told() {
+		t.Error("nothing was written, and it was open for writing", err)
+	}
+
+	d = mustOpen(t, node, ReadWrite)
+	for off := range int64(3) {
+		if _, err := d.WriteAt(bytes.Repeat([]byte{byte(off) + 1}, 512), 512*off); err != nil {
+			t.Fatal(err)
+		}
+	}
+	got := make([]byte, 512)
+	if _, err := d.ReadAt(got, 512); err != nil || got[0] != 2 {
+		t.Error(got[0], err)
+	}
+	if err := d.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	// What was flushed through the descriptor for reading has left the cache of the node.
+	if on, err := os.ReadFile(path); err != nil || on[1024] != 3 {
+		t.Error("the flush wrote nothing out", err)
+	}
+	if err := errors.Join(d.Invalidate(), d.Close()); err != nil || !told() {
+		t.Error("it was written to, and nobody was told", err)
+	}
+	d = mustOpen(t, node, ReadOnly)
+	if _, err := d.ReadAt(got, 1024); err != nil || got[0] != 3 {
+		t.Error(got[0], err)
+	}
+}
+
+// TestOpenedLateElsewhere writes through a path that leads to something else by then.
+func TestOpenedLateElsewhere(t *testing.T) {
+	one, other := loop(t, image(t, 1<<20)), loop(t, image(t, 1<<20))
+	path := filepath.Join(t.TempDir(), "disk")
+	if err := os.Symlink(one, path); err != nil {
+		t.Fatal(err)
+	}
+	d := mustOpen(t, path, ReadWrite)
+	if err := errors.Join(os.Remove(path), os.Symlink(other, path)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := d.WriteAt(make([]byte, 512), 0); err == nil || !strings.Contains(err.Error(), "was replaced") {
+		t.Error(err)
+	}
+	if err := os.Remove(path); err != nil {
+		t.Fatal(err)
+	}
+	_, err := d.WriteAt(make([]byte, 512), 0)
+	wantErr(t, err, os.ErrNotExist)
+	if err := d.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestLoopMountedIsRefused(t *testing.T) {
 	path := image(t, 4<<20)
 	mkfs, err := exec.LookPath("mkfs.ext4")

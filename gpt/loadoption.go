@@ -19,6 +19,8 @@ type LoadOption struct {
 	Attributes  uint32
 	Description string
 	Partition   *HardDrive // the partition that the first device path leads through; nil when it leads through none
+
+	paths []byte // FilePathList
 }
 
 // HardDrive is the partition in a device path. UEFI specification, "Hard Drive" (a media device path):
@@ -73,7 +75,8 @@ func ParseLoadOption(b []byte) (*LoadOption, error) {
 	if length > len(list) {
 		return malformed("0x%x bytes of device paths at offset 0x%x, and 0x%x are left", length, 6+size, len(list))
 	}
-	o.Partition, err = firstHardDrive(list[:length])
+	o.paths = list[:length]
+	o.Partition, err = firstHardDrive(o.paths)
 	if err != nil {
 		return malformed("%v", err)
 	}

@@ -91,7 +91,7 @@ func (r *run) nextState(base *State, d Digest) (*State, error) {
 	if base != nil || r.opt.Random == nil {
 		return n, nil
 	}
-	id, err := gpt.GUIDFrom(r.opt.Random)
+	id, err := gpt.GUIDFrom(r.opt.Random(""))
 	n.Lineage = id.String()
 	return n, err
 }

@@ -107,9 +107,14 @@ type Options struct {
 	BootedEntry, DefaultEntry, PreferredEntry, OneShotEntry string
 	Force                                                   bool      // the source wins, whatever the lineage says
 	Now                                                     time.Time // what the state file calls now; zero: the clock
-	// Random is where the identities of transactions and of a new lineage come from, safe for concurrent use; nil is
-	// getrandom(2). With Now it makes all bytes of a run on one new volume follow from what went into it.
-	Random io.Reader
+	// Random gives the source of the identities of transactions on one volume, which is called by its partition GUID, or its
+	// name where it has none; "" is that of a new lineage. It is asked once for each in a run, so that no volume's bytes depend
+	// on what else is under way; nil is getrandom(2). With Now it makes all bytes of a run on a new volume follow from what went
+	// into it.
+	Random func(volume string) io.Reader
+
+	// Jobs is how many targets are read or written at a time; 0: all of them. The source is read once either way.
+	Jobs int
 
 	Log      *slog.Logger
 	Progress func(Progress) // called from several goroutines, never concurrently for one target; may be nil

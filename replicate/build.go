@@ -25,7 +25,7 @@ func (r *run) prepare(s *side) {
 	}
 	if err == nil {
 		var rec *journal.Record
-		if rec, err = r.record(s.plan); err == nil {
+		if rec, err = s.newRecord(s.plan); err == nil {
 			err = log.Prepare(rec)
 		}
 	}
@@ -167,8 +167,11 @@ const buffers = 8
 func (r *run) transact(ctx context.Context, f *feed, aborted *atomic.Bool) (err error) {
 	s := f.s
 	tx := s.plan.Begin()
-	committing := false
+	committing, turn := false, false
 	defer func() {
+		if turn {
+			r.turns.done()
+		}
 		for c := range f.ch { // let the source go on to the other targets
 			c.done()
 		}
@@ -191,8 +194,10 @@ func (r *run) transact(ctx context.Context, f *feed, aborted *atomic.Bool) (err 
 
 	// E1: build. Nobody can reach what is written here.
 	err = inOrder(
-		func() error { return receive(f, tx) },
+		func() error { return r.receive(f, tx) },
 		func() error {
+			r.turns.take() // what follows waits for no other target
+			turn = true
 			if aborted.Load() {
 				return ErrStopped
 			}
@@ -278,8 +283,9 @@ func closeTx(tx *fatdriver.Tx, log *journal.Log) error {
 	return tx.Flush()
 }
 
-// receive writes the files of one target as the source delivers them.
-func receive(f *feed, tx *fatdriver.Tx) error {
+// receive writes the files of one target as the source delivers them. It has a turn for each part alone: the source goes on
+// when all targets have one, and nobody may keep it waiting.
+func (r *run) receive(f *feed, tx *fatdriver.Tx) error {
 	var w *fatdriver.FileWriter
 	var cur *Item
 	got := 0
@@ -287,7 +293,9 @@ func receive(f *feed, tx *fatdriver.Tx) error {
 		if c.file != cur {
 			cur, w = c.file, tx.File(f.files[c.file])
 		}
+		r.turns.take()
 		_, err := w.Write(c.data)
+		r.turns.done()
 		c.done()
 		if err != nil {
 			return err

@@ -318,7 +318,7 @@ func (r *run) extend(s *side, log *journal.Log, dir *fatdriver.Node, clusters in
 // nil while there is no journal yet.
 func (r *run) carryOut(s *side, plan *fatdriver.Plan, log *journal.Log) error {
 	if log != nil {
-		rec, err := r.record(plan)
+		rec, err := s.newRecord(plan)
 		if err != nil {
 			return err
 		}

@@ -362,7 +362,7 @@ func (r *run) rehearse(s *side) error {
 func (r *run) onCopy(s *side) (*run, *side, error) {
 	dry := *r
 	dry.opt.DryRun, dry.log = true, slog.New(slog.DiscardHandler)
-	d := &side{t: s.t, res: &Result{}, match: s.match, items: s.items, gone: s.gone, partner: s.partner,
+	d := &side{t: s.t, random: s.random, res: &Result{}, match: s.match, items: s.items, gone: s.gone, partner: s.partner,
 		state: s.state, record: s.record, file: s.file, count: blockdev.NewCounting(blockdev.NewOverlay(s.dev))}
 	d.dev = d.count
 	var err error
@@ -378,7 +378,7 @@ func (r *run) summarize(s *side, log *journal.Log) error {
 	if err != nil {
 		return err
 	}
-	rec, err := r.record(s.plan)
+	rec, err := s.newRecord(s.plan)
 	if err != nil {
 		return err
 	}
@@ -422,8 +422,8 @@ func (r *run) summarize(s *side, log *journal.Log) error {
 	return nil
 }
 
-// record says in a journal record what a plan will do.
-func (r *run) record(p *fatdriver.Plan) (*journal.Record, error) {
+// newRecord says in a journal record what a plan will do.
+func (s *side) newRecord(p *fatdriver.Plan) (*journal.Record, error) {
 	rec := &journal.Record{Alloc: journalRuns(p.Alloc()), Base: journalRuns(p.Objects())}
 	// A shadow that only an intermediate step uses is both taken and given up: it is released whatever happens, as what
 	// the record takes and nobody reaches always is.
@@ -431,7 +431,7 @@ func (r *run) record(p *fatdriver.Plan) (*journal.Record, error) {
 	for _, b := range p.Blocks {
 		rec.Blocks = append(rec.Blocks, newBlock(b, len(p.Blocks) == 1))
 	}
-	if err := newID(&rec.ID, r.opt.Random); err != nil {
+	if err := newID(&rec.ID, s.random); err != nil {
 		return nil, err
 	}
 	return rec, nil

@@ -125,7 +125,7 @@ func cleanFiles(files []File) ([]File, error) {
 // journal is refused. Of the options, the selection means nothing. The error is that of the result.
 func Put(ctx context.Context, t *Target, files []File, o Options) (Result, error) {
 	res := Result{Target: t.Name}
-	s := &side{t: t, res: &res, match: matches{}}
+	s := newSide(t, &res, o)
 	files, err := cleanFiles(files)
 	if err != nil {
 		s.fail(err)

@@ -95,7 +95,7 @@ func RandomSeed(ctx context.Context, t *Target, o SeedOptions) (SeedResult, erro
 	}
 	res := Result{Target: t.Name}
 	r := &run{opt: Options{DryRun: o.DryRun, Log: o.Log}, log: o.Log}
-	s := &side{t: t, res: &res, match: matches{}}
+	s := newSide(t, &res, r.opt)
 	if err := ctx.Err(); err != nil {
 		s.fail(err)
 	} else {

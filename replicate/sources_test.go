@@ -207,8 +207,9 @@ func TestSeveralTargets(t *testing.T) {
 			total, opens = total+int64(len(fixtures.Program(""))), opens+1 // its headers, to see whether it is whole
 		}
 	}
-	for failing := -1; failing < 3; failing++ {
-		t.Run(fmt.Sprint("failing ", failing), func(t *testing.T) {
+	for i := range 8 {
+		failing, jobs := i%4-1, i/4
+		t.Run(fmt.Sprintf("failing %d, jobs %d", failing, jobs), func(t *testing.T) {
 			t.Parallel()
 			gs := []geometry{{"FAT12", fatdriver.FAT12, 8 << 20, 512, 8, 2}, geometries[3], geometries[5]}
 			var targets []*Target
@@ -231,7 +232,7 @@ func TestSeveralTargets(t *testing.T) {
 				targets = append(targets, &Target{Name: g.name, Dev: d})
 			}
 			src := &countingSource{Source: newMemSource(files)}
-			res, err := Sync(context.Background(), src, targets, Options{})
+			res, err := Sync(context.Background(), src, targets, Options{Jobs: jobs})
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"slices"
 	"sync"
@@ -24,6 +25,7 @@ type run struct {
 	sides   []*side
 	results []Result // of the sides
 	line    *line    // nil when the source is no member of a set
+	turns   turns
 }
 
 // side is what a run knows of one target.
@@ -31,6 +33,7 @@ type side struct {
 	t      *Target
 	dev    blockdev.Device // the target's device, or an overlay in a dry run
 	count  *blockdev.Counting
+	random io.Reader // of the identities of transactions; nil: the system
 	res    *Result
 	vol    *fatdriver.Volume
 	tree   *fatdriver.Tree
@@ -136,7 +139,7 @@ func SyncAll(ctx context.Context, jobs []Job) ([][]Result, error) {
 		return results, err
 	}
 	for _, r := range runs {
-		each(r.sides, r.open)
+		r.each(r.open)
 		err := inOrder(
 			r.adapt,
 			func() error { return r.compare(ctx) },
@@ -158,12 +161,12 @@ func SyncAll(ctx context.Context, jobs []Job) ([][]Result, error) {
 	if len(runs) > 1 {
 		// A plan may begin with a journal. Before that it must be certain that the other volume of a pair has a plan too.
 		for _, r := range runs {
-			each(r.sides, r.planInMemory)
+			r.each(r.planInMemory)
 		}
 		together(runs)
 	}
 	for _, r := range runs {
-		each(r.sides, r.plan)
+		r.each(r.plan)
 	}
 	together(runs)
 	for _, r := range runs {
@@ -173,9 +176,9 @@ func SyncAll(ctx context.Context, jobs []Job) ([][]Result, error) {
 		if err := r.remember(ctx); err != nil {
 			return stop(err)
 		}
-		each(r.sides, r.makeRoom)
-		each(r.sides, r.foretell)
-		each(r.sides, r.prepare)
+		r.each(r.makeRoom)
+		r.each(r.foretell)
+		r.each(r.prepare)
 		if err := r.build(ctx, r.sides); err != nil {
 			return stop(err)
 		}
@@ -270,7 +273,7 @@ func begin(src Source, targets []*Target, o Options) (*run, error) {
 		sel.excludes = append(sel.excludes, fatdriver.Fold(SetPath))
 	}
 	o.KeepFree = min(o.KeepFree, maxKeepFree)
-	r := &run{src: src, sel: sel, opt: o, log: o.Log, hashes: map[*Item][32]byte{}}
+	r := &run{src: src, sel: sel, opt: o, log: o.Log, hashes: map[*Item][32]byte{}, turns: newTurns(o.Jobs)}
 	if err := r.begun(); err != nil {
 		return nil, err
 	}
@@ -283,7 +286,7 @@ func begin(src Source, targets []*Target, o Options) (*run, error) {
 	r.results = make([]Result, len(targets))
 	for i, t := range targets {
 		r.results[i] = Result{Target: t.Name}
-		r.sides = append(r.sides, &side{t: t, res: &r.results[i], match: matches{}})
+		r.sides = append(r.sides, newSide(t, &r.results[i], o))
 	}
 	return r, nil
 }
@@ -321,16 +324,54 @@ type refusal struct{ error }
 func (r refusal) Unwrap() error        { return r.error }
 func (r refusal) Is(target error) bool { return target == ErrRefused }
 
-// each calls f for every target that has not failed, in parallel.
-func each(sides []*side, f func(*side)) {
+// turns are what those wait for who work on a target, where only some may at a time; nil: all of them may.
+type turns chan struct{}
+
+func newTurns(n int) turns {
+	if n <= 0 {
+		return nil
+	}
+	return make(turns, n)
+}
+
+// take waits for a turn. Who has one must not wait for another target.
+func (t turns) take() {
+	if t != nil {
+		t <- struct{}{}
+	}
+}
+
+func (t turns) done() {
+	if t != nil {
+		<-t
+	}
+}
+
+// newSide begins with a target.
+func newSide(t *Target, res *Result, o Options) *side {
+	s := &side{t: t, res: res, match: matches{}}
+	if o.Random != nil {
+		volume := t.PartGUID
+		if volume == "" {
+			volume = t.Name
+		}
+		s.random = o.Random(volume)
+	}
+	return s
+}
+
+// each calls f for every target that has not failed, as many in parallel as may be.
+func (r *run) each(f func(*side)) {
 	var wg sync.WaitGroup
-	for _, s := range sides {
+	for _, s := range r.sides {
 		if s.res.Err != nil {
 			continue
 		}
 		wg.Add(1)
 		go func() {
 			defer wg.Done()
+			r.turns.take()
+			defer r.turns.done()
 			f(s)
 		}()
 	}

@@ -16,7 +16,7 @@ func Verify(ctx context.Context, src Source, targets []*Target, o Options) ([]Re
 	if err != nil {
 		return nil, err
 	}
-	each(r.sides, func(s *side) {
+	r.each(func(s *side) {
 		s.dev = blockdev.NewOverlay(s.t.Dev)
 		if err := r.look(s); err != nil {
 			s.fail(fmt.Errorf("cannot verify %s: %w", s.t.Name, err))
@@ -27,7 +27,7 @@ func Verify(ctx context.Context, src Source, targets []*Target, o Options) ([]Re
 		r.stop(err)
 		return r.results, err
 	}
-	each(r.sides, func(s *side) {
+	r.each(func(s *side) {
 		_, changes, err := r.wants(s, false)
 		if err != nil {
 			s.fail(fmt.Errorf("cannot verify %s: %w", s.t.Name, err))

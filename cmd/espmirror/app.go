@@ -34,7 +34,7 @@ type app struct {
 	// terminalWidth gives the columns of a terminal, 0 for anything else.
 	terminalWidth func(io.Writer) int
 	worker        worker
-	device        func(blockdev.Device) blockdev.Device // what init writes to; tests record there, and fail
+	device        func(blockdev.Device) blockdev.Device // what init writes to, and a manifest is read from; tests record there, and fail
 }
 
 // engine is the part of package replicate that writes or compares. Tests put failures there that no image can have.
@@ -128,10 +128,11 @@ type invocation struct {
 	out                  *bufio.Writer
 	report               report
 	err                  error
-	metrics              bool      // status --metrics
-	changed              []string  // members that this command has put into the set or taken out
-	random               io.Reader // where identities of transactions come from; nil: the system
-	bar                  *progress // nil until there is one
+	metrics              bool                          // status --metrics
+	changed              []string                      // members that this command has put into the set or taken out
+	random               func(volume string) io.Reader // where identities of transactions come from; nil: the system
+	jobs                 int                           // targets at a time; 0: all of them
+	bar                  *progress                     // nil until there is one
 }
 
 // run runs one command line, the program's name first, and returns the exit status.
@@ -168,7 +169,7 @@ func (inv *invocation) finish() int {
 				inv.err = fmt.Errorf("cannot write the result: %w", err)
 			}
 		}
-	} else if inv.metrics {
+	} else if !forInitrd && inv.metrics {
 		rep, _ := inv.report.(*statusReport)
 		writeMetrics(inv.out, rep, code)
 	} else if inv.report != nil {
@@ -222,13 +223,17 @@ func earlyJSON(args []string) string {
 
 // cli describes the command line. A new one is made for every run, because the library keeps what it parsed in it.
 func (inv *invocation) cli() *cli.App {
-	commands := []*cli.Command{
-		inv.listCommand(), inv.statusCommand(), inv.syncCommand(), inv.verifyCommand(), inv.recoverCommand(),
-		inv.addCommand(), inv.removeCommand(), inv.waitCommand(), inv.earlyCommand(), inv.randomSeedCommand(),
-		inv.checkCommand(), inv.lsCommand(), inv.catCommand(), inv.extractCommand(),
+	commands := []*cli.Command{inv.listCommand(), inv.statusCommand(), inv.syncCommand(), inv.verifyCommand(), inv.recoverCommand()}
+	if !forInitrd {
+		commands = append(commands, inv.initCommand(), inv.addCommand(), inv.removeCommand())
 	}
-	if init := inv.initCommand(); init != nil {
-		commands = slices.Insert(commands, slices.IndexFunc(commands, func(c *cli.Command) bool { return c.Name == "add" }), init)
+	commands = append(commands, inv.waitCommand(), inv.earlyCommand())
+	if !forInitrd {
+		commands = append(commands, inv.randomSeedCommand())
+	}
+	commands = append(commands, inv.checkCommand(), inv.lsCommand(), inv.catCommand())
+	if !forInitrd {
+		commands = append(commands, inv.extractCommand())
 	}
 	for _, c := range commands {
 		c.Flags = append(c.Flags, commonFlags()...)

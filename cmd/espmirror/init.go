@@ -7,14 +7,12 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
 
 	"github.com/urfave/cli/v2"
 
@@ -30,14 +28,17 @@ const initVerb = "init"
 func (inv *invocation) initCommand() *cli.Command {
 	return &cli.Command{
 		Name:  initVerb,
-		Usage: "make a new member out of a blank disk, free space, a partition or an image",
-		UsageText: "espmirror init [OPTIONS] DISK|PARTITION|IMAGE\n" +
-			"espmirror init [OPTIONS] --size SIZE IMAGE",
+		Usage: "make new members out of blank disks, free space, partitions or images",
+		UsageText: "espmirror init [OPTIONS] DISK|PARTITION|IMAGE...\n" +
+			"espmirror init [OPTIONS] --size SIZE IMAGE...",
 		Description: "A blank disk gets a GPT; on a disk with a GPT free space is used, or its ESP when that is blank. Then an ESP, and\n" +
 			"an XBOOTLDR partition where the primary has one, are formatted, filled from the primary, and added to its\n" +
 			"replica set. What holds anything is refused. Cut off anywhere, it leaves no volume or a whole one, and goes on\n" +
-			"when it is run again. By size the ESP is FAT32 from 33M on (259M with sectors of 4096 bytes), FAT16 from 3M (17M).",
-		Flags: append(append([]cli.Flag{
+			"when it is run again. By size the ESP is FAT32 from 33M on (259M with sectors of 4096 bytes), FAT16 from 3M (17M).\n\n" +
+			"Of several targets none is written to before all are planned, and the primary is read once for all of them. With\n" +
+			"--seed TEXT each of them has the seed TEXT/NAME, by the last part of its name: `--seed TEXT/b.img b.img` makes the\n" +
+			"same image by itself, as long as it joins no set.",
+		Flags: append(append(append([]cli.Flag{
 			&cli.GenericFlag{Name: "primary", Value: &once{}, Usage: "replicate from this `VOLUME` or directory (default: $SYSTEMD_ESP_PATH, else the ESP that was booted)"},
 		}, selectFlags()...),
 			&cli.GenericFlag{Name: "size", Value: &once{}, Usage: "make a new image file of `SIZE` (4G)"},
@@ -49,14 +50,14 @@ func (inv *invocation) initCommand() *cli.Command {
 			&cli.GenericFlag{Name: "partlabel", Value: &once{}, Usage: "partition `NAME` of the ESP"},
 			&cli.GenericFlag{Name: "like", Value: &once{}, Usage: "copy the partition layout of this `DISK`, with fresh GUIDs, and tell what the other partitions still need"},
 			&cli.BoolFlag{Name: "new-table", Usage: "make a new partition table also where there is one; needs --force then", DisableDefaultText: true},
-			&cli.GenericFlag{Name: "seed", Value: &once{}, Usage: "derive GUIDs and serial numbers from `TEXT`, another one for each disk, so that the image can be built again; not a random seed"},
+			&cli.GenericFlag{Name: "seed", Value: &once{}, Usage: "derive GUIDs and serial numbers from `TEXT`, another one for each disk (from TEXT/NAME for several), so that images can be built again; not a random seed"},
 			&cli.StringFlag{Name: "random-seed", Value: "no", Usage: "also make a loader/random-seed; never for an image that will be copied: `yes|no`"},
 			&cli.BoolFlag{Name: "discard", Usage: "first tell a block device to forget what it holds there", DisableDefaultText: true},
 			&cli.BoolFlag{Name: "no-set", Usage: "do not add it to the primary's replica set", DisableDefaultText: true},
 			&cli.BoolFlag{Name: "force", Usage: "overwrite what was found there; never what is in use, and no partition of a GPT without --new-table", DisableDefaultText: true},
 			&cli.BoolFlag{Name: "dry-run", Aliases: []string{"n"}, Usage: "print what would be made, and write nothing", DisableDefaultText: true},
-			noProgressFlag()),
-		Action: inv.action(1, 1, "name one disk, partition or image", inv.init),
+			registerFlags()[0], jobsFlag(), noProgressFlag()), manifestFlags()...),
+		Action: inv.action(1, -1, "name a disk, partition or image", inv.init),
 	}
 }
 
@@ -80,7 +81,7 @@ type initOptions struct {
 
 func (inv *invocation) initOptions() (*initOptions, error) {
 	o := &initOptions{
-		target: inv.c.Args().First(), label: inv.text("label"), partLabel: inv.text("partlabel"), like: inv.text("like"),
+		label: inv.text("label"), partLabel: inv.text("partlabel"), like: inv.text("like"),
 		newTable: inv.flag("new-table"), seed: inv.text("seed"), discard: inv.flag("discard"), noSet: inv.flag("no-set"),
 		force: inv.flag("force"), dry: inv.flag("dry-run"),
 	}
@@ -130,6 +131,9 @@ func (inv *invocation) initOptions() (*initOptions, error) {
 	if o.like != "" && (o.espSize != 0 || o.bootSize > 0) {
 		return nil, usagef("--like brings the sizes: --esp-size and --xbootldr=SIZE have no meaning beside it")
 	}
+	if err := inv.readJobs(); err != nil {
+		return nil, err
+	}
 	if _, err := sourceDate(); err != nil {
 		return nil, err
 	}
@@ -139,9 +143,18 @@ func (inv *invocation) initOptions() (*initOptions, error) {
 	return o, nil
 }
 
+// forTarget are the options for one of several targets. Each has a seed of its own, which does not depend on the others.
+func (o *initOptions) forTarget(name string, several bool) *initOptions {
+	p := *o
+	p.target = name
+	if several && p.seed != "" {
+		p.seed += "/" + filepath.Base(name)
+	}
+	return &p
+}
+
 // derived are the random bytes that belong to a seed: those of SHA-256 over the seed and a counter.
 type derived struct {
-	mu   sync.Mutex
 	seed string
 	n    uint64
 	left []byte
@@ -149,8 +162,6 @@ type derived struct {
 
 // Read implements io.Reader.
 func (d *derived) Read(p []byte) (int, error) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
 	for i := range p {
 		if len(d.left) == 0 {
 			sum := sha256.Sum256(fmt.Appendf(nil, "espmirror bytes 1\x00%d\x00%s", d.n, d.seed))
@@ -161,17 +172,9 @@ func (d *derived) Read(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// random is where identities of transactions come from; nil is the system.
-// Each purpose has bytes of its own: what fills a volume and what joins it to its set must not be taken for one another.
-func (o *initOptions) random(purpose string) io.Reader {
-	if o.seed == "" {
-		return nil
-	}
-	return &derived{seed: purpose + "\x00" + o.seed}
-}
-
 // initTarget is what is to become a member.
 type initTarget struct {
+	o      *initOptions
 	name   string
 	loc    *gpt.Location   // the whole disk or image, or the partition; nil for an image that does not exist
 	part   bool            // it is a partition
@@ -339,18 +342,21 @@ const (
 
 // initPlan is what will be made. It is worked out without a write.
 type initPlan struct {
-	o       *initOptions
-	t       *initTarget
-	table   bool // a new table is made
-	disk    gpt.GUID
-	volumes []*newVolume // in the order of the layout
-	notes   []string
-	found   []gpt.Signature // what is overwritten
-	todo    []string
-	join    bool
-	wrote   bool           // something may have been written
-	set     *replicate.Set // the set with the new member, by which its loader entries are written; nil when it joins none
-	done    bool           // the ESP is a member already, or about to be: only the rest of joining is left
+	o        *initOptions
+	t        *initTarget
+	table    bool         // a new table is made
+	diskGUID gpt.GUID     // of a new table
+	volumes  []*newVolume // in the order of the layout
+	notes    []string
+	found    []gpt.Signature // what is overwritten
+	todo     []string
+	join     bool
+	wrote    bool           // something may have been written
+	set      *replicate.Set // the set with the new member, by which its loader entries are written; nil when it joins none
+	done     bool           // the ESP is a member already, or about to be: only the rest of joining is left
+	made     bool
+	err      error // why it was not made
+
 }
 
 // esp is the ESP of the plan.

@@ -160,7 +160,7 @@ func TestInitImage(t *testing.T) {
 				t.Fatalf("a dry run made a file: %s", dry.stdout)
 			}
 			doc := b.run(append(append([]string{"init", "--json=short"}, args...), "new.img")...).want(0).json("init")
-			parts := doc["partitions"].([]any)
+			parts := doc["targets"].([]any)[0].(map[string]any)["partitions"].([]any)
 			if n := len(parts); n != 1 && !tc.boot || n != 2 && tc.boot {
 				t.Fatal(parts)
 			}
@@ -426,11 +426,211 @@ func TestInitRefuses(t *testing.T) {
 	b.run("init", "--force", "--primary", "primary.img", "lvm.img").want(exitRefused).has("is in use")
 }
 
+// TestInitMany makes several images in one run, and each of them by itself: the bytes are the same, in any order and with any
+// number of jobs.
+func TestInitMany(t *testing.T) {
+	b := initBench(t, false)
+	names := []string{"a.img", "sub/b.img", "c.img", "d.img"}
+	if err := os.Mkdir("sub", 0o755); err != nil {
+		t.Fatal(err)
+	}
+	args := []string{"init", "--primary", "primary.img", "--no-set", "--seed", "fleet", "--size", "24M"}
+	read := func() (all [][]byte) {
+		t.Helper()
+		for _, name := range names {
+			data, err := os.ReadFile(name)
+			if err != nil {
+				t.Fatal(err)
+			}
+			all = append(all, data)
+			if err := os.Remove(name); err != nil {
+				t.Fatal(err)
+			}
+		}
+		return all
+	}
+	same := func(what string, want [][]byte) {
+		t.Helper()
+		for i, data := range read() {
+			if !bytes.Equal(data, want[i]) {
+				t.Errorf("%s: %s has other bytes", what, names[i])
+			}
+		}
+	}
+	b.run(append(append(slices.Clone(args), "-n"), names...)...).want(0).has("new partition table on sub/b.img", "d.img@@p1")
+	doc := b.run(append(append(slices.Clone(args), "--json=short"), names...)...).want(0).json("init")
+	targets, guids, serials := doc["targets"].([]any), map[any]bool{}, map[any]bool{}
+	for i, x := range targets {
+		target := x.(map[string]any)
+		part := target["partitions"].([]any)[0].(map[string]any)
+		guids[part["partition_guid"]], serials[part["serial"]], guids[target["disk_guid"]] = true, true, true
+		if target["target"] != names[i] || target["made"] != true {
+			t.Error(target)
+		}
+		soundImage(t, names[i], 1)
+	}
+	if len(guids) != 2*len(names) || len(serials) != len(names) {
+		t.Error(guids, serials)
+	}
+	b.run("verify", "--primary", "primary.img", "--target", "a.img", "--target", "sub/b.img", "--target", "c.img", "--target", "d.img").want(0)
+	want := read()
+	b.run(append(append(slices.Clone(args), "-q", "--manifest", "fleet.json"), names...)...).want(0)
+	b.run(append([]string{"verify", "--manifest", "fleet.json"}, names...)...).want(0).has("in sync")
+	if r := b.run("sync", "-q", "--primary", "primary.img", "--target", "a.img", "--target", "c.img", "--target", "d.img", "--target", "sub/b.img", "--manifest", "-").want(0); r.stdout != string(readFile(t, "fleet.json")) {
+		t.Errorf("two manifests of the same images differ: %s", r.stdout)
+	}
+	b.run("init", "-q", "--primary", "primary.img", "--no-set", "--size", "24M", "--manifest", "fleet.json", "primary.img").want(exitRefused)
+	b.run("init", "--primary", "primary.img", "--no-set", "--size", "24M", "--sign", "key.pem", "e.img").want(exitUsage)
+	b.run("init", "--primary", "primary.img", "--no-set", "--size", "24M", "--manifest", "fleet.json", "--sign", "key.pem", "e.img").want(exitFailed)
+	b.run("init", "--primary", "primary.img", "--no-set", "--size", "24M", "--manifest", "primary.img", "e.img").want(exitRefused)
+	b.run("init", "-n", "--primary", "primary.img", "--no-set", "--size", "24M", "--manifest", "new.json", "e.img").want(0)
+	for _, name := range []string{"e.img", "new.json"} {
+		if _, err := os.Stat(name); err == nil {
+			t.Errorf("there is %s", name)
+		}
+	}
+	same("with a manifest", want)
+	b.run(append(append(slices.Clone(args), "-q", "--jobs", "1"), names...)...).want(0)
+	same("one at a time", want)
+	b.run(append(slices.Clone(args), "--jobs", "2", "d.img", "c.img", "sub/b.img", "a.img")...).want(0).has("d.img@@p1", "a.img@@p1")
+	same("the other way round", want)
+	for _, name := range names {
+		b.run("init", "-q", "--primary", "primary.img", "--no-set", "--seed", "fleet/"+filepath.Base(name), "--size", "24M", name).want(0)
+	}
+	same("by themselves", want)
+
+	// An image that is there has what it has, and the others are made.
+	b.run("init", "-q", "--primary", "primary.img", "--no-set", "--size", "24M", "c.img").want(0)
+	b.run(append(append(slices.Clone(args), "-q"), names...)...).want(0)
+	b.run("verify", "--primary", "primary.img", "--target", "c.img", "--target", "d.img").want(0)
+	read()
+
+	// They join the set in one go, and know of each other.
+	r := b.run("init", "--primary", "primary.img", "--seed", "set", "--size", "24M", "a.img", "c.img").want(0).has("added", "a.img@@p1", "c.img@@p1")
+	set := b.run("cat", "primary.img", "loader/esp-sync").want(0).stdout
+	for _, name := range []string{"a.img", "c.img"} {
+		if own := b.run("cat", name, "loader/esp-sync").want(0).stdout; own != set {
+			t.Errorf("%s: %s\n%s", name, own, r.stdout)
+		}
+		if guid := gpt.DeriveGUID("set/"+name, "esp").String(); !strings.Contains(set, "member "+guid) {
+			t.Error(guid, set)
+		}
+	}
+	b.run("status", "--primary", "primary.img", "--target", "a.img", "--target", "c.img").want(0).has("in sync")
+}
+
+// TestInitManyRefuses: what cannot be done to one target is done to none.
+func TestInitManyRefuses(t *testing.T) {
+	b := initBench(t, false)
+	if err := os.WriteFile("foreign", bytes.Repeat([]byte("x"), 12<<20), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	for _, tc := range []struct {
+		args []string
+		want int
+		text string
+	}{
+		{[]string{"--size", "12M", "new.img", "foreign"}, exitRefused, "cannot init foreign"},
+		{[]string{"--size", "12M", "new.img", "primary.img"}, exitRefused, "cannot init primary.img"},
+		{[]string{"--size", "12M", "new.img", "none/b.img"}, exitRefused, "there is no directory none"},
+		{[]string{"--size", "12M", "--seed", "s", "new.img", "x/../new.img"}, exitUsage, "named twice"},
+		{[]string{"--force", "primary.img@@p1", "foreign"}, exitRefused, "it is the primary"},
+	} {
+		b.run(append([]string{"init", "--primary", "primary.img"}, tc.args...)...).want(tc.want).has(tc.text)
+		if _, err := os.Stat("new.img"); err == nil {
+			t.Fatalf("%q: something was made", tc.args)
+		}
+	}
+	makeFixture(t, fixtures.DiskSpec{Size: 24 << 20, GUID: pairGUID("d", 0), Parts: []fixtures.PartSpec{
+		{Type: fixtures.TypeESP, GUID: pairGUID("d", 1), Name: "EFI", Off: 1 << 20, Size: 10 << 20},
+		{Type: fixtures.TypeESP, GUID: pairGUID("d", 2), Name: "EFI 2", Off: 12 << 20, Size: 10 << 20},
+	}}, "two.img")
+	if err := os.Link("two.img", "same.img"); err != nil {
+		t.Fatal(err)
+	}
+	for _, other := range []string{"two.img@@p1", "two.img", "same.img", "same.img@@p1"} {
+		b.run("init", "--primary", "primary.img", "two.img@@p1", other).want(exitUsage)
+	}
+	tool(t, "cp", "two.img", "clone.img")
+	b.run("init", "--primary", "primary.img", "--no-set", "two.img@@p1", "clone.img@@p1").want(exitRefused).has("and so has one of two.img@@p1")
+	b.run("init", "--primary", "primary.img", "--no-set", "two.img@@p1", "two.img@@p2").want(0).has("two.img@@p1", "two.img@@p2")
+	b.run("verify", "--primary", "primary.img", "--target", "two.img@@p1", "--target", "two.img@@p2").want(0)
+}
+
+// TestInitManyFaults: a disk that fails costs the others nothing.
+func TestInitManyFaults(t *testing.T) {
+	b := initBench(t, true)
+	boom := errors.New("boom")
+	want := map[string]string{}
+	for name, f := range bootTree {
+		want[name] = string(f.Head)
+	}
+	failed := 0
+	for k := 0; ; k++ {
+		if k > 10 && k%5 != 0 && os.Getenv("ESPMIRROR_LONG") == "" {
+			continue
+		}
+		count, hit := 0, false
+		b.app.device = func(d blockdev.Device) blockdev.Device {
+			if disk, ok := d.(*blockdev.Disk); !ok || disk.Path() != "bad.img" {
+				return d
+			}
+			return blockdev.NewFaulty(d, func(op blockdev.Op) error {
+				if op.Kind != blockdev.OpWrite && op.Kind != blockdev.OpFlush {
+					return nil
+				}
+				if count++; count == k+1 {
+					hit = true
+					return boom
+				}
+				return nil
+			})
+		}
+		for _, name := range []string{"one.img", "bad.img", "two.img"} {
+			if err := os.RemoveAll(name); err != nil {
+				t.Fatal(err)
+			}
+		}
+		r := b.run("init", "--no-set", "--primary", "primary.img", "--json=short", "--jobs", fmt.Sprint(1+k%3), "--size", "9M", "one.img", "bad.img", "two.img")
+		if !hit {
+			r.want(0)
+			break
+		}
+		failed++
+		r.want(exitPartial).has("cannot init bad.img", "boom")
+		doc := r.json("init")
+		for i, made := range []bool{true, false, true} {
+			target := doc["targets"].([]any)[i].(map[string]any)
+			if target["made"] != made || (target["error"] == nil) != made {
+				t.Errorf("fault %d: %v", k, target)
+			}
+		}
+		for _, name := range []string{"one.img", "bad.img", "two.img"} {
+			d, err := blockdev.Open(name, blockdev.ReadOnly)
+			if err != nil {
+				t.Fatal(err)
+			}
+			whole, err := wholeOrNothing(d, false, want)
+			if err != nil || !whole && name != "bad.img" {
+				t.Errorf("fault %d: %s: whole: %t, %v", k, name, whole, err)
+			}
+			d.Close()
+		}
+	}
+	if failed < 15 {
+		t.Error("only", failed, "faults")
+	}
+}
+
 func TestInitUsage(t *testing.T) {
 	b := initBench(t, false)
 	b.writes = false
+	if err := os.Mkdir("sub", 0o755); err != nil {
+		t.Fatal(err)
+	}
 	for _, args := range [][]string{
-		{}, {"a.img", "b.img"}, {"--size", "x", "a.img"}, {"--size", "100", "a.img"}, {"--sector-size", "1024", "a.img"}, {"--fat", "8", "a.img"},
+		{}, {"--size", "4M", "a.img", "./a.img"}, {"--size", "4M", "--seed", "x", "a.img", "sub/a.img"}, {"--jobs", "0", "--size", "4M", "a.img"},
+		{"--jobs", "x", "--size", "4M", "a.img"}, {"--size", "4M", "a.img", "--jobs"}, {"--size", "x", "a.img"}, {"--size", "100", "a.img"}, {"--sector-size", "1024", "a.img"}, {"--fat", "8", "a.img"},
 		{"--random-seed", "maybe", "a.img"}, {"--like", "primary.img", "--esp-size", "4M", "a.img"}, {"."}, {"--partlabel", strings.Repeat("x", 37), "a.img"},
 		{"--size", "4M", "--size", "5M", "a.img"}, {"--esp-size", "2M", "primary.img@@p1"}, {"--like", "a.img", "primary.img@@p1"},
 	} {

@@ -51,7 +51,7 @@ func (inv *invocation) planInit(o *initOptions, t *initTarget, m *members) (*ini
 			return nil, withHint(refusef("cannot init %s: its serial number would be that of %s, %s", t.name, v.from.primary.name, serial), "use another --seed")
 		}
 	}
-	return p, p.joinPlan(inv, m)
+	return p, nil
 }
 
 func formatSerial(n uint32) string { return fmt.Sprintf("%04X-%04X", n>>16, n&0xffff) }
@@ -212,7 +212,7 @@ func (p *initPlan) newTable(m *members) error {
 	for i, v := range vs {
 		v.part.Number = i + 1
 	}
-	if p.disk, err = p.o.guid("disk"); err != nil {
+	if p.diskGUID, err = p.o.guid("disk"); err != nil {
 		return err
 	}
 	return p.lay(gpt.FreeExtents(p.t.size, p.t.sector, nil), vs, ws)
@@ -245,7 +245,7 @@ func (p *initPlan) likeDisk(inv *invocation, m *members) error {
 	if err := p.clear(); err != nil {
 		return err
 	}
-	if p.disk, err = p.o.guid("disk"); err != nil {
+	if p.diskGUID, err = p.o.guid("disk"); err != nil {
 		return err
 	}
 	first, end := gpt.Usable(p.t.size, p.t.sector)
@@ -441,8 +441,9 @@ func (p *initPlan) window(dev blockdev.Device, v *newVolume) (blockdev.Device, e
 	return blockdev.Window(dev, v.part.Start, v.part.Size)
 }
 
-// joinPlan decides whether the new ESP becomes a member, and makes the set file that it begins with.
-func (p *initPlan) joinPlan(inv *invocation, m *members) error {
+// joinPlan decides whether the new ESP becomes a member, and makes the set file that it begins with, from that of those which
+// were planned before.
+func (p *initPlan) joinPlan(inv *invocation, m *members, before *replicate.Set) error {
 	v := p.esp()
 	if v == nil || p.o.noSet {
 		return nil
@@ -457,7 +458,9 @@ func (p *initPlan) joinPlan(inv *invocation, m *members) error {
 	p.join = true
 	guid := v.part.GUID.String()
 	text := []byte(newSetFile)
-	if m.set != nil {
+	if before != nil {
+		text = before.Bytes()
+	} else if m.set != nil {
 		text = m.set.Bytes()
 	}
 	set, err := replicate.ParseSet(m.primary.name+":"+replicate.SetPath, text)

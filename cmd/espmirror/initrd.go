@@ -4,6 +4,7 @@ package main
 
 import (
 	"errors"
+	"io"
 
 	"github.com/urfave/cli/v2"
 
@@ -11,10 +12,12 @@ import (
 	"espmirror/replicate"
 )
 
-// The program for an initramfs leaves out the sources that are not there at boot, because of their size: archives, and exFAT
-// volumes; and `init`. It takes no file for one of them, so that what is named is refused as what it is not.
+// forInitrd says that this is the program for an initramfs. It leaves out what nobody does there, because of its size: the commands
+// that change a set or make volumes, copies into directories, metrics, manifests, boot entries of the firmware, and as sources archives and exFAT volumes. It takes
+// no file for one of them, so that what is named is refused as what it is not.
+const forInitrd = true
 
-func (inv *invocation) initCommand() *cli.Command { return nil }
+func (inv *invocation) initCommand() *cli.Command { return nil } // never called
 
 var errNotInInitrd = errors.New("the program for an initramfs reads neither archives nor exFAT")
 
@@ -51,4 +54,48 @@ func (m *members) exfatSource() (replicate.Source, error) { return nil, nil }
 
 func targetHint(err error, _ *gpt.Location) error { return err }
 
+// Nobody collects metrics there.
+
+func metricsFlags() []cli.Flag { return nil }
+
+func writeMetrics(io.Writer, *statusReport, int) {}
+
+// No boot entries of the firmware are shown or made: what boots goes by those that are there.
+
+type (
+	registration  struct{}
+	setEntries    struct{}
+	volumeEntries struct{}
+)
+
+func registerFlags() []cli.Flag { return nil }
+
+func (inv *invocation) registration() (*registration, error)   { return nil, nil }
+func (r *registration) of([]*member) error                     { return nil }
+func (r *registration) choose(*members) error                  { return nil }
+func (r *registration) planned(*setReport) error               { return nil }
+func (r *registration) carryOut(_ *setReport, err error) error { return err }
+func (inv *invocation) left(*setReport)                        {}
+func (s *setEntries) print(*output)                            {}
+func (inv *invocation) addEntries(*statusReport)               {}
+func (r *statusReport) entryColumn(*table)                     {}
+
 func (c *checkedVolume) checkExFAT(*volume) error { return errNotInInitrd }
+
+// No manifests are written or compared.
+
+func manifestFlags() []cli.Flag { return nil }
+
+func (inv *invocation) thenManifest(_ *members, _ bool, run func() (report, error)) (report, error) {
+	return run()
+}
+
+const (
+	maxVerifyArgs = 0 // how many arguments `verify` takes
+	verifyUsage   = "espmirror verify [OPTIONS] [--primary VOLUME] [--target VOLUME]..."
+	verifyText    = "Nothing is written."
+)
+
+func verifyFlags() []cli.Flag { return nil }
+
+func (inv *invocation) verifyManifest() (report, error) { return nil, nil }

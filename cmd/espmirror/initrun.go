@@ -3,14 +3,16 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"io"
+	"log/slog"
 	"os"
-	"path"
 	"path/filepath"
 	"slices"
-	"strings"
+	"sync"
 
 	"espmirror/blockdev"
 	"espmirror/fatdriver"
@@ -18,7 +20,17 @@ import (
 	"espmirror/replicate"
 )
 
-// init makes a new member.
+// initRun is one run of init: some targets, which are planned one by one and filled together.
+type initRun struct {
+	inv   *invocation
+	o     *initOptions    // of all targets
+	m     *members        // the primary
+	reg   *registration   // nil without --register
+	out   *manifestOutput // nil without --manifest
+	plans []*initPlan
+}
+
+// init makes new members.
 func (inv *invocation) init() (report, error) {
 	o, err := inv.initOptions()
 	if err != nil {
@@ -29,78 +41,245 @@ func (inv *invocation) init() (report, error) {
 		return nil, err
 	}
 	defer m.close()
-	t, err := inv.findInitTarget(o)
-	if err != nil {
+	r := &initRun{inv: inv, o: o, m: m}
+	if r.reg, err = inv.registration(); err != nil {
 		return nil, err
 	}
-	if t.part && (o.like != "" || o.newTable || o.espSize != 0 || o.bootSize > 0 || o.partLabel != "" || o.size != 0) {
-		return nil, usagef("%s is a partition: it keeps its size and its name, and the table stays as it is", t.name)
+	targets, err := r.find()
+	if err == nil {
+		r.out, err = inv.newManifest(inv.c.Args().Slice())
 	}
-	if err := inv.guardInit(t, m); err != nil {
+	if err != nil {
 		return nil, err
 	}
 	if err := m.sourcesOfInit(); err != nil {
 		return nil, err
 	}
-	p, err := inv.planInit(o, t, m)
-	if err != nil {
+	// All of it on a copy first: what does not fit is known before anything is written anywhere.
+	if err := r.plan(targets); err != nil {
 		return nil, err
 	}
-	rep := &initReport{Command: initVerb, DryRun: o.dry, Target: t.name, Primary: m.primary.name, Partitions: []initPartition{},
-		Found: []initFound{}, Notes: []string{}, Left: []string{}, quiet: inv.quiet}
-	// All of it on a copy first: what does not fit is known before anything is written.
-	if err := inv.rehearse(p, m); err != nil {
-		return nil, err
-	}
-	p.todo = p.leftToDo(inv)
-	if line := bootEntry(p, m); line != "" {
-		p.todo = append(p.todo, line)
-	}
-	rep.fill(p)
+	rep := &initReport{Command: initVerb, DryRun: o.dry, Primary: m.primary.name, quiet: inv.quiet} // --manifest=- is quiet
+	rep.fill(r.plans)
 	if o.dry {
 		return rep, nil
 	}
-	if !p.done {
-		if err := inv.carryOut(p, m); err != nil {
-			return rep, p.afterwards(err)
-		}
-		rep.Made = true
+	if err := r.carryOut(); err != nil {
+		return nil, err
 	}
-	rep.fill(p)
-	v := p.esp()
 	m.close()
-	if v == nil {
-		return rep, nil
-	}
-	if !p.join {
-		return rep, p.afterwards(inv.seedOf(p, v))
-	}
-	name := t.name
-	if !t.part {
-		loc, err := inv.finder().Part(t.name, v.part.Number)
-		if err != nil {
-			return rep, p.afterwards(fmt.Errorf("cannot add %s: %w", p.volumeName(v), err))
+	var names []string // of those that join
+	for _, p := range r.plans {
+		if v := p.esp(); p.err == nil && v != nil && p.join {
+			var name string
+			if name, p.err = p.locate(inv, v); p.err == nil {
+				names = append(names, name)
+			}
 		}
-		name = loc.String()
 	}
-	p.wrote = true // add tells by itself what it did
-	inv.random = o.random("join")
-	set, err := inv.changeSetOf("add", []string{name})
-	if r, ok := set.(*setReport); ok {
-		rep.Set = r
+	var joined error
+	if len(names) > 0 {
+		inv.random = r.random("join")
+		var set report
+		set, joined = inv.changeSetOf("add", names)
+		rep.Set, _ = set.(*setReport)
 	}
-	if err != nil {
-		return rep, p.afterwards(err)
+	for _, p := range r.plans {
+		if v := p.esp(); p.err == nil && v != nil && (joined == nil || !p.join) {
+			p.err = inv.seedOf(p, v)
+		}
 	}
-	return rep, p.afterwards(inv.seedOf(p, v))
+	rep.fill(r.plans)
+	err = r.failure(joined)
+	switch {
+	case err == nil:
+		err = r.out.write(inv.c.Args().Slice())
+	case r.out != nil:
+		inv.log.Warn("no manifest was written, as not all went well", "file", r.out.file)
+	}
+	return rep, err
 }
 
-// afterwards sees to it that no exit status says "nothing was written" any more.
-func (p *initPlan) afterwards(err error) error {
-	if err == nil || !p.wrote || errors.Is(err, context.Canceled) || exitCode(err) != exitRefused {
+// find finds out what the targets are. Nothing is written.
+func (r *initRun) find() ([]*initTarget, error) {
+	var all []*initTarget
+	names := r.inv.c.Args().Slice()
+	for _, name := range names {
+		o := r.o.forTarget(name, len(names) > 1)
+		t, err := r.inv.findInitTarget(o)
+		if err != nil {
+			return nil, err
+		}
+		if t.part && (o.like != "" || o.newTable || o.espSize != 0 || o.bootSize > 0 || o.partLabel != "" || o.size != 0) {
+			return nil, usagef("%s is a partition: it keeps its size and its name, and the table stays as it is", t.name)
+		}
+		if err := r.reg.check(t.name, t.loc); err != nil {
+			return nil, err
+		}
+		if err := r.inv.guardInit(t, r.m); err != nil {
+			return nil, err
+		}
+		for _, u := range all {
+			if err := r.inv.apart(t, u); err != nil {
+				return nil, err
+			}
+			if o.seed != "" && filepath.Base(t.name) == filepath.Base(u.name) {
+				return nil, usagef("%s and %s would have the same seed, %s", u.name, t.name, o.seed)
+			}
+		}
+		t.o = o
+		all = append(all, t)
+	}
+	return all, nil
+}
+
+// apart refuses two targets that are one, or share a disk that one of them is.
+func (inv *invocation) apart(t, u *initTarget) error {
+	if t.loc == nil || u.loc == nil {
+		if t.loc == nil && u.loc == nil {
+			a, err := filepath.Abs(t.name)
+			b, err2 := filepath.Abs(u.name)
+			if err := errors.Join(err, err2); err != nil || a == b {
+				return errors.Join(err, usagef("cannot init %s: it is named twice (%s)", t.name, u.name))
+			}
+			return nil
+		}
+		one, other := t, u // of which the first is an image file without any bytes
+		if u.loc == nil {
+			one, other = u, t
+		}
+		if id, err := blockdev.Identify(one.name); err == nil && id == other.id {
+			return usagef("cannot init %s: it is named twice (%s)", t.name, u.name)
+		}
+		return nil
+	}
+	same, err := gpt.SameVolume(t.loc, u.loc)
+	if err != nil {
 		return err
 	}
-	return &targetsError{verb: initVerb, errs: []error{err}, total: 1, wrote: true}
+	if same {
+		return usagef("cannot init %s: it is named twice (%s)", t.name, u.name)
+	}
+	if t.part && u.part {
+		return nil
+	}
+	if t.id != u.id && t.id.Block && u.id.Block {
+		a, err := inv.system.WholeDisk(t.id.Dev)
+		b, err2 := inv.system.WholeDisk(u.id.Dev)
+		if err := errors.Join(err, err2); err != nil {
+			return err
+		}
+		same = a.Num == b.Num
+	}
+	if same || t.id == u.id {
+		return usagef("cannot init %s: it has to do with %s, which is named too", t.name, u.name)
+	}
+	return nil
+}
+
+// plan works out what will be made of all targets. Whatever cannot be done to one of them is done to none.
+func (r *initRun) plan(targets []*initTarget) error {
+	var set *replicate.Set // with the members that were planned before
+	guids := map[string]string{}
+	for _, t := range targets {
+		if err := r.inv.ctx.Err(); err != nil {
+			return err
+		}
+		p, err := r.inv.planInit(t.o, t, r.m)
+		if err == nil {
+			err = p.joinPlan(r.inv, r.m, set)
+		}
+		if err != nil {
+			return err
+		}
+		if err := r.inv.rehearse(p, r.m, r.random("fill")); err != nil {
+			return err
+		}
+		for _, v := range p.filled() {
+			if at := guids[v.part.GUID.String()]; at != "" {
+				return refusef("cannot init %s: a partition of it has the GUID %s, and so has one of %s", t.name, v.part.GUID, at)
+			}
+			guids[v.part.GUID.String()] = t.name
+		}
+		if p.set != nil {
+			set = p.set
+		}
+		p.todo = p.leftToDo(r.inv)
+		if err := r.reg.ofInit(p, r.m); err != nil {
+			return err
+		}
+		if line := bootEntry(p, r.m); line != "" && r.reg == nil {
+			p.todo = append(p.todo, line)
+		}
+		r.plans = append(r.plans, p)
+	}
+	for _, p := range r.plans {
+		if p.set != nil {
+			p.set = set
+		}
+	}
+	return nil
+}
+
+// random is where identities of transactions come from; nil is the system. Each purpose has bytes of its own: what fills a
+// volume and what joins it to its set must not be taken for one another.
+func (r *initRun) random(purpose string) func(volume string) io.Reader {
+	if r.o.seed == "" {
+		return nil
+	}
+	return func(volume string) io.Reader {
+		return &derived{seed: purpose + "\x00" + r.seedOf(volume) + "\x00" + volume}
+	}
+}
+
+// seedOf is the seed of the target that has a volume, by its partition GUID.
+func (r *initRun) seedOf(volume string) string {
+	for _, p := range r.plans {
+		for _, v := range p.volumes {
+			if v.part.GUID.String() == volume {
+				return p.o.seed
+			}
+		}
+	}
+	return r.o.seed
+}
+
+// failure is the error of the run, after the first write.
+func (r *initRun) failure(joined error) error {
+	e := &targetsError{verb: initVerb, total: len(r.plans)}
+	for _, p := range r.plans {
+		e.wrote = e.wrote || p.wrote
+		if p.err != nil {
+			e.errs = append(e.errs, p.err)
+		}
+	}
+	if joined != nil {
+		e.errs = append(e.errs, joined)
+	}
+	for _, err := range e.errs {
+		if errors.Is(err, context.Canceled) {
+			return err
+		}
+	}
+	switch {
+	case len(e.errs) == 0:
+		return nil
+	case len(e.errs) == 1 && len(r.plans) == 1 && (!e.wrote || exitCode(e.errs[0]) != exitRefused):
+		return e.errs[0]
+	}
+	return e // no exit status says "nothing was written" any more
+}
+
+// locate is how add knows the ESP.
+func (p *initPlan) locate(inv *invocation, v *newVolume) (string, error) {
+	if p.t.part {
+		return p.t.name, nil
+	}
+	loc, err := inv.finder().Part(p.t.name, v.part.Number)
+	if err != nil {
+		return "", fmt.Errorf("cannot add %s: %w", p.volumeName(v), err)
+	}
+	return loc.String(), nil
 }
 
 // guardInit refuses what --force does not change.
@@ -160,7 +339,7 @@ func (m *members) sourcesOfInit() error {
 }
 
 // rehearse carries the plan out in memory, and keeps what comes of it: numbers of partitions, geometry of volumes.
-func (inv *invocation) rehearse(p *initPlan, m *members) error {
+func (inv *invocation) rehearse(p *initPlan, m *members, random func(string) io.Reader) error {
 	var below blockdev.Device
 	switch {
 	case p.t.create:
@@ -189,7 +368,17 @@ func (inv *invocation) rehearse(p *initPlan, m *members) error {
 	if err := p.look(inv, dev, m); err != nil || p.done {
 		return err
 	}
-	if err := p.make(inv.ctx, dev, m, replicate.Options{DryRun: true, Log: inv.engineLog(true)}); err != nil {
+	x := &making{initPlan: p, dev: dev}
+	err := x.prepare()
+	if err == nil {
+		var errs []error
+		errs, err = fill(inv, m, []*making{x}, replicate.Options{DryRun: true, Random: random, Log: inv.engineLog(true)})
+		err = errors.Join(append(errs, err)...)
+	}
+	if err == nil {
+		err = x.finish(inv.ctx)
+	}
+	if err != nil {
 		if !errors.Is(err, context.Canceled) {
 			err = refusal{err} // nothing was written
 		}
@@ -198,73 +387,134 @@ func (inv *invocation) rehearse(p *initPlan, m *members) error {
 	return nil
 }
 
-// carryOut does what was planned.
-func (inv *invocation) carryOut(p *initPlan, m *members) (err error) {
-	t := p.t
-	fail := func(err error) error {
-		return withHint(fmt.Errorf("cannot init %s: %w", t.name, err), "nothing of it is in use; when the cause is gone, the same command goes on")
-	}
-	if t.id.Block {
-		locks, err := inv.system.LockDisks(inv.ctx, lockWait, t.id)
-		if err != nil {
-			return err
+// making is a plan that is being carried out.
+type making struct {
+	*initPlan
+	disk    *blockdev.Disk
+	dev     blockdev.Device      // of the disk, or the partition itself
+	held    []*blockdev.Withheld // the volumes whose first sectors are not there yet
+	targets []*replicate.Target  // of the volumes that are filled, in their order
+}
+
+// carryOut does what was planned: each disk by itself, but for the files, which come to all of them together. What goes wrong
+// with one of them is its own error.
+func (r *initRun) carryOut() error {
+	var ids []blockdev.ID
+	var all []*making
+	for _, p := range r.plans {
+		if p.done {
+			continue
 		}
-		defer locks.Release()
+		all = append(all, &making{initPlan: p})
+		if p.t.id.Block {
+			ids = append(ids, p.t.id)
+		}
 	}
+	if len(all) == 0 {
+		return nil
+	}
+	locks, err := r.inv.system.LockDisks(r.inv.ctx, lockWait, ids...)
+	if err != nil {
+		return err
+	}
+	defer locks.Release()
+	r.each(all, func(x *making) {
+		if x.err = x.open(r.inv); x.err == nil {
+			x.fail(x.prepare())
+		}
+	})
+	living := slices.DeleteFunc(slices.Clone(all), func(x *making) bool { return x.err != nil })
+	bar := r.inv.startProgress()
+	errs, err := fill(r.inv, r.m, living, replicate.Options{Random: r.random("fill"), Progress: bar.callback(),
+		Log: slog.New(stepwise{r.inv.log.Handler(), ""})})
+	bar.stop()
+	for i, x := range living {
+		if x.fail(errs[i]); x.err == nil {
+			x.fail(err) // of the source
+		}
+	}
+	r.each(all, func(x *making) {
+		if x.err == nil {
+			x.fail(x.finish(r.inv.ctx))
+		}
+		if x.err == nil {
+			// What this node has cached is not what the nodes of the partitions read.
+			x.fail(x.dev.Invalidate())
+		}
+		if x.disk != nil {
+			x.fail(x.disk.Close())
+		}
+		if x.made = x.err == nil; x.made && x.disk.IsBlock() && !x.t.part {
+			r.inv.tellKernel(x.initPlan)
+		}
+	})
+	return nil
+}
+
+// each calls f for each, as many in parallel as may be.
+func (r *initRun) each(all []*making, f func(*making)) {
+	turns := make(chan struct{}, cmp.Or(r.inv.jobs, len(all)))
+	var wg sync.WaitGroup
+	for _, x := range all {
+		wg.Go(func() {
+			turns <- struct{}{}
+			defer func() { <-turns }()
+			f(x)
+		})
+	}
+	wg.Wait()
+}
+
+// fail keeps the first error.
+func (x *making) fail(err error) {
+	if err != nil && x.err == nil {
+		x.err = withHint(fmt.Errorf("cannot init %s: %w", x.t.name, err), "nothing of it is in use; when the cause is gone, the same command goes on")
+	}
+}
+
+// open opens the target for writing, and makes what was there forgotten.
+func (x *making) open(inv *invocation) (err error) {
+	t := x.t
 	if t.create {
-		p.wrote = true
+		x.wrote = true
 		if err := makeFile(t.name, t.size); err != nil {
-			return fail(err)
+			x.fail(err)
+			return x.err
 		}
 	}
-	var dev blockdev.Device
-	var disk *blockdev.Disk
 	if t.part {
 		v, err := t.loc.Open(blockdev.ReadWrite)
 		if err != nil {
 			return fmt.Errorf("cannot init %s: %w", t.name, err)
 		}
-		dev, disk = v, v.Disk()
+		x.dev, x.disk = v, v.Disk()
 	} else {
-		disk, err = blockdev.Open(t.name, blockdev.ReadWrite, blockdev.WithSystem(inv.system), blockdev.WithSectorSize(t.sector))
+		x.disk, err = blockdev.Open(t.name, blockdev.ReadWrite, blockdev.WithSystem(inv.system), blockdev.WithSectorSize(t.sector))
 		if err != nil {
 			return fmt.Errorf("cannot init %s: %w", t.name, err)
 		}
-		dev = disk
-		if disk.Size() != t.size || !t.create && disk.ID() != t.id {
-			return errors.Join(fail(gpt.ErrChanged), disk.Close())
+		x.dev = x.disk
+		if x.disk.Size() != t.size || !t.create && x.disk.ID() != t.id {
+			x.fail(gpt.ErrChanged)
+			return x.err
 		}
 	}
-	defer func() {
-		if cerr := disk.Close(); err == nil && cerr != nil {
-			err = fail(cerr)
-		}
-		if err == nil && disk.IsBlock() && !t.part {
-			inv.tellKernel(p)
-		}
-	}()
-	p.wrote = true
-	dev = inv.device(dev)
-	if err := dev.Invalidate(); err != nil {
-		return fail(err)
+	x.wrote = true
+	x.dev = inv.device(x.dev)
+	if err := x.dev.Invalidate(); err != nil {
+		x.fail(err)
+		return x.err
 	}
-	if disk.IsBlock() {
-		if err := inv.forget(p); err != nil {
-			return fail(err)
-		}
-		if err := inv.discard(p); err != nil {
-			return fail(err)
-		}
-	} else {
-		dev = blockdev.Sparse(dev)
+	if !x.disk.IsBlock() {
+		x.dev = blockdev.Sparse(x.dev)
+		return nil
 	}
-	bar := inv.startProgress()
-	defer bar.stop()
-	if err := p.make(inv.ctx, dev, m, replicate.Options{Log: inv.engineLog(false), Progress: bar.callback()}); err != nil {
-		return fail(err)
+	err = inv.forget(x.initPlan)
+	if err == nil {
+		err = inv.discard(x.initPlan)
 	}
-	// What this node has cached is not what the nodes of the partitions read.
-	return dev.Invalidate()
+	x.fail(err)
+	return x.err
 }
 
 // makeFile makes an image file of zeros, all of it a hole.
@@ -347,33 +597,33 @@ func (inv *invocation) tellKernel(p *initPlan) {
 	}
 }
 
-// make is the order of the writes: what was there goes; the table, so that the place belongs to nobody else; then the
-// volumes without their first sectors; and last these, that of the ESP at the very end. Until then there is a blank
-// partition, which the next run takes; afterwards a whole volume.
-func (p *initPlan) make(ctx context.Context, dev blockdev.Device, m *members, o replicate.Options) error {
-	if err := p.makeTable(dev); err != nil {
+// prepare, fill and finish are the order of the writes: what was there goes; the table, so that the place belongs to nobody
+// else; then the volumes without their first sectors; and last these, that of the ESP at the very end. Until then there is a
+// blank partition, which the next run takes; afterwards a whole volume.
+func (x *making) prepare() error {
+	if err := x.makeTable(x.dev); err != nil {
 		return err
 	}
-	var held []*blockdev.Withheld
-	var targets []*replicate.Target
-	for _, v := range p.filled() {
-		w, err := p.window(dev, v)
+	for _, v := range x.filled() {
+		w, err := x.window(x.dev, v)
 		if err != nil {
 			return err
 		}
 		if !v.existing {
-			hold, err := p.format(w, v)
+			hold, err := x.format(w, v)
 			if err != nil {
 				return err
 			}
-			held, w = append(held, hold), hold
+			x.held, w = append(x.held, hold), hold
 		}
-		targets = append(targets, &replicate.Target{Name: p.volumeName(v), Dev: w, PartGUID: v.part.GUID.String()})
+		x.targets = append(x.targets, &replicate.Target{Name: x.volumeName(v), Dev: w, PartGUID: v.part.GUID.String()})
 	}
-	if err := p.replicate(ctx, m, targets, o); err != nil {
-		return err
-	}
-	for _, hold := range held {
+	return nil
+}
+
+// finish makes the volumes valid.
+func (x *making) finish(ctx context.Context) error {
+	for _, hold := range x.held {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
@@ -412,7 +662,7 @@ func (p *initPlan) makeTable(dev blockdev.Device) error {
 		parts, fresh = append(parts, v.part), append(fresh, v)
 	}
 	if p.table {
-		return gpt.Create(dev, p.disk, parts)
+		return gpt.Create(dev, p.diskGUID, parts)
 	}
 	if len(parts) == 0 {
 		return nil
@@ -477,52 +727,67 @@ func (p *initPlan) format(w blockdev.Device, v *newVolume) (*blockdev.Withheld, 
 	return hold, nil
 }
 
-// replicate fills the volumes. They are no members yet, and hold no set file: a disk that is booted while the members do
-// not know of it has nothing to tell them, and an ESP that lost its memory (it would be named there, and have no state) is
-// another thing. The words of its loader entries are its own already.
-func (p *initPlan) replicate(ctx context.Context, m *members, targets []*replicate.Target, o replicate.Options) error {
-	m.inv.random = p.o.random("fill")
-	latest, _ := sourceDate()
+// fill fills the volumes, and returns the error of each disk besides that of the source. They are no members yet, and hold no
+// set file: a disk that is booted while the members do not know of it has nothing to tell them, and an ESP that lost its memory
+// (it would be named there, and have no state) is another thing. The words of their loader entries are their own already.
+func fill(inv *invocation, m *members, all []*making, o replicate.Options) ([]error, error) {
+	errs := make([]error, len(all))
+	latest, err := sourceDate()
+	if err != nil {
+		return errs, err
+	}
 	var jobs []replicate.Job
-	for i, v := range p.filled() {
-		if v.from == nil {
+	var owners [][]int
+	for _, boot := range []bool{true, false} { // in the order in which the volumes become valid
+		var job replicate.Job
+		var owner []int
+		var from *members
+		var set *replicate.Set
+		for i, x := range all {
+			for k, v := range x.filled() {
+				if v.boot() != boot || v.from == nil {
+					continue
+				}
+				t := x.targets[k]
+				if e := x.esp(); boot && e != nil {
+					t.Member, t.Set = e.part.GUID.String(), x.set
+				}
+				from, job.Targets, owner = v.from, append(job.Targets, t), append(owner, i)
+				if x.set != nil {
+					set = x.set
+				}
+			}
+		}
+		if from == nil {
 			continue
 		}
-		job := replicate.Job{Source: v.from.src, Targets: targets[i : i+1]}
 		opt := o
-		opt.Selection = m.inv.selection()
-		opt = v.from.options(opt)
-		opt.Member, opt.Save, opt.Try, opt.SourceTree, opt.Set = false, nil, nil, nil, p.set
-		if err := opt.Selection.Check(v.from.src); errors.Is(err, replicate.ErrEmptySelection) && v.boot() {
+		opt.Selection = inv.selection()
+		opt = from.options(opt)
+		opt.Random = o.Random
+		opt.Member, opt.Save, opt.Try, opt.SourceTree, opt.Set = false, nil, nil, nil, set
+		if err := opt.Selection.Check(from.src); errors.Is(err, replicate.ErrEmptySelection) && boot {
 			continue
-		}
-		if e := p.esp(); v.boot() && e != nil {
-			targets[i].Member, targets[i].Set = e.part.GUID.String(), p.set
 		}
 		opt.Selection.Exclude = append(slices.Clone(opt.Selection.Exclude), replicate.SetPath)
-		job.Source = replicate.Adapt(v.from.src, latest)
-		job.Options = opt
-		jobs = append(jobs, job)
+		job.Source, job.Options = replicate.Adapt(from.src, latest), opt
+		jobs, owners = append(jobs, job), append(owners, owner)
 	}
 	if len(jobs) == 0 {
-		return nil
+		return errs, nil
 	}
-	results, err := m.inv.engine.sync(ctx, jobs)
-	if err != nil {
-		return err
-	}
-	var failed error
-	for _, rs := range results {
-		for _, r := range rs {
-			switch {
-			case failed == nil:
-				failed = r.Err
+	results, err := inv.engine.sync(inv.ctx, jobs)
+	for j, rs := range results {
+		for k, r := range rs {
+			switch at := &errs[owners[j][k]]; {
+			case *at == nil:
+				*at = r.Err
 			case r.Err != nil:
-				failed = fmt.Errorf("%w; %w", failed, r.Err) // they share a disk: one of them says what it was, the other what it saw of it
+				*at = fmt.Errorf("%w; %w", *at, r.Err) // they share a disk: one of them says what it was, the other what it saw of it
 			}
 		}
 	}
-	return failed
+	return errs, err
 }
 
 // seedOf makes a random seed where it was asked for.
@@ -558,38 +823,36 @@ func bootEntry(p *initPlan, m *members) string {
 	if v == nil || p.t.loc == nil || !p.t.id.Block {
 		return ""
 	}
-	loader := ""
-	var find func(it *replicate.Item)
-	find = func(it *replicate.Item) {
-		for _, c := range it.Children {
-			k := fatdriver.Fold(c.Path)
-			switch {
-			case c.Dir && (k == "EFI" || k == "EFI/SYSTEMD" || k == "EFI/BOOT"):
-				find(c)
-			case !c.Dir && strings.HasSuffix(k, ".EFI") && (path.Dir(k) == "EFI/SYSTEMD" || loader == "" && strings.HasPrefix(k, "EFI/BOOT/BOOT")):
-				loader = c.Path
-			}
-		}
-	}
-	find(m.src.Root())
-	if loader == "" {
+	loaders := loadersOn(m.src.Root(), firmwareArch(m.inv.system), nil)
+	if len(loaders) == 0 {
 		return ""
 	}
 	disk := p.t.name
 	if p.t.part {
 		disk = p.t.loc.Disk
 	}
-	return fmt.Sprintf(`efibootmgr --create --disk %s --part %d --label %s --loader '\%s'`,
-		quoted(disk), v.part.Number, quoted("Linux on "+filepath.Base(disk)), strings.ReplaceAll(loader, "/", `\`))
+	line := efibootmgr(disk, v.part.Number, loaders[0])
+	if p.join {
+		line += "  # first in the order; `espmirror add --register " + quoted(p.t.name) + "` puts it last"
+	}
+	return line
 }
 
 // initReport is the result of init.
 type initReport struct {
 	failure
-	Command    string          `json:"command"`
-	DryRun     bool            `json:"dry_run"`
+	Command string       `json:"command"`
+	DryRun  bool         `json:"dry_run"`
+	Primary string       `json:"primary"`
+	Targets []initResult `json:"targets"`
+	Set     *setReport   `json:"set,omitempty"`
+
+	quiet bool
+}
+
+// initResult is what becomes of one target.
+type initResult struct {
 	Target     string          `json:"target"`
-	Primary    string          `json:"primary"`
 	Size       int64           `json:"disk_size_bytes"`
 	Sector     int             `json:"sector_size_bytes"`
 	NewImage   bool            `json:"new_image"`
@@ -600,11 +863,10 @@ type initReport struct {
 	Notes      []string        `json:"notes"`
 	Made       bool            `json:"made"`
 	Joins      bool            `json:"joins_set"`
-	Set        *setReport      `json:"set,omitempty"`
 	Left       []string        `json:"left_to_do"`
+	Error      *jsonError      `json:"error,omitempty"`
 
-	quiet bool
-	done  bool // there was nothing to make
+	done bool // there was nothing to make
 }
 
 type initPartition struct {
@@ -628,11 +890,19 @@ type initFound struct {
 	What string `json:"what"`
 }
 
-func (r *initReport) fill(p *initPlan) {
-	r.Size, r.Sector, r.NewImage, r.NewTable, r.done = p.t.size, p.t.sector, p.t.create, p.table, p.done
+func (r *initReport) fill(plans []*initPlan) {
+	r.Targets = make([]initResult, len(plans))
+	for i, p := range plans {
+		r.Targets[i].fill(p)
+	}
+}
+
+func (r *initResult) fill(p *initPlan) {
+	r.Target, r.Size, r.Sector, r.NewImage, r.NewTable = p.t.name, p.t.size, p.t.sector, p.t.create, p.table
+	r.Made, r.done, r.Error = p.made, p.done, newJSONError(p.err)
 	r.Joins, r.Notes, r.Left = p.join, append([]string{}, p.notes...), append([]string{}, p.todo...)
 	if p.table {
-		r.DiskGUID = p.disk.String()
+		r.DiskGUID = p.diskGUID.String()
 	}
 	r.Found, r.Partitions = []initFound{}, []initPartition{}
 	for _, f := range p.found {
@@ -657,33 +927,51 @@ func (r *initReport) fill(p *initPlan) {
 }
 
 func (r *initReport) print(o *output) {
-	if r.quiet || !r.DryRun && !r.Made && !r.done {
-		return // the error says why
-	}
-	for _, f := range r.Found {
-		o.printf("overwritten: %s at 0x%x\n", safe(f.What), f.Off)
-	}
-	for _, n := range r.Notes {
-		o.printf("note: %s\n", safe(n))
-	}
-	if r.NewTable && r.DryRun {
-		o.printf("new partition table on %s: %s in sectors of %d bytes\n", safe(r.Target), sizeText(r.Size), r.Sector)
+	if r.quiet {
+		return
 	}
 	t := newTable("VOLUME", "TYPE", "PARTITION GUID", "PARTLABEL", "START", "SIZE", "FAT", "SERIAL", "LABEL", "STATE")
 	t.spare = []string{"PARTITION GUID", "PARTLABEL"}
-	for _, v := range r.Partitions {
-		t.row(cell{text: v.Name}, cell{text: v.Type}, cell{text: v.GUID}, cell{text: v.Label}, cell{text: sizeText(v.Offset), right: true},
-			cell{text: sizeText(v.Size), right: true}, cell{text: v.FATType}, cell{text: v.Serial}, cell{text: v.FATName}, cell{text: v.State})
+	var left []string
+	joins, some := false, false
+	for i := range r.Targets {
+		x := &r.Targets[i]
+		if !r.DryRun && !x.Made && !x.done {
+			continue // the error says why
+		}
+		some = true
+		of := ""
+		if len(r.Targets) > 1 {
+			of = safe(x.Target) + ": "
+		}
+		for _, f := range x.Found {
+			o.printf("%soverwritten: %s at 0x%x\n", of, safe(f.What), f.Off)
+		}
+		for _, n := range x.Notes {
+			o.printf("%snote: %s\n", of, safe(n))
+		}
+		if x.NewTable && r.DryRun {
+			o.printf("new partition table on %s: %s in sectors of %d bytes\n", safe(x.Target), sizeText(x.Size), x.Sector)
+		}
+		for _, v := range x.Partitions {
+			t.row(cell{text: v.Name}, cell{text: v.Type}, cell{text: v.GUID}, cell{text: v.Label}, cell{text: sizeText(v.Offset), right: true},
+				cell{text: sizeText(v.Size), right: true}, cell{text: v.FATType}, cell{text: v.Serial}, cell{text: v.FATName}, cell{text: v.State})
+		}
+		joins = joins || x.Joins
+		left = append(left, x.Left...)
+	}
+	if !some {
+		return
 	}
 	t.print(o)
 	if r.Set != nil {
 		r.Set.print(o)
-	} else if r.Joins && r.DryRun {
-		o.printf("it joins the replica set of %s\n", safe(r.Primary))
+	} else if joins && r.DryRun {
+		o.printf("%s the replica set of %s\n", map[bool]string{true: "it joins", false: "they join"}[len(r.Targets) == 1], safe(r.Primary))
 	}
-	if len(r.Left) > 0 {
+	if len(left) > 0 {
 		o.printf("left to do:\n")
-		for _, line := range r.Left {
+		for _, line := range left {
 			o.printf("  %s\n", safe(line))
 		}
 	}

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -104,6 +105,27 @@ func setFlags() []cli.Flag {
 
 func timeoutFlag() cli.Flag {
 	return &cli.GenericFlag{Name: "timeout", Value: &once{}, Usage: "wait up to `TIME` for members of the replica set that are not there yet (5s, 2min; default: what the set says, else 0)"}
+}
+
+// maxJobs is more than anybody has disks or processors.
+const maxJobs = 1 << 10
+
+func jobsFlag() cli.Flag {
+	return &cli.GenericFlag{Name: "jobs", Value: &once{}, Usage: "write to at most `N` targets at a time (default: all of them)"}
+}
+
+// readJobs reads --jobs.
+func (inv *invocation) readJobs() error {
+	v := inv.text("jobs")
+	if v == "" {
+		return nil
+	}
+	n, err := strconv.Atoi(v)
+	if err != nil || n < 1 || n > maxJobs {
+		return usagef("--jobs=%s is no number from 1 to %d", v, maxJobs)
+	}
+	inv.jobs = n
+	return nil
 }
 
 func selectFlags() []cli.Flag {
@@ -809,7 +831,7 @@ func (m *members) options(o replicate.Options) replicate.Options {
 		o.BootedEntry, o.DefaultEntry, o.PreferredEntry, o.OneShotEntry = boot.Entry, boot.Default, boot.Preferred, boot.OneShot
 	}
 	o.SourceTree = m.scanned
-	o.Random = m.inv.random
+	o.Random, o.Jobs = m.inv.random, m.inv.jobs
 	if t, err := sourceDate(); err != nil {
 		m.inv.log.Warn(err.Error() + "; the clock counts")
 	} else {

@@ -1,3 +1,5 @@
+//go:build !initrd
+
 package main
 
 import (
@@ -6,7 +8,13 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+
+	"github.com/urfave/cli/v2"
 )
+
+func metricsFlags() []cli.Flag {
+	return []cli.Flag{&cli.BoolFlag{Name: "metrics", Usage: "print gauges for Prometheus (OpenMetrics text) in place of the table", DisableDefaultText: true}}
+}
 
 // memberStates are the states that a volume can be in. Each is a series, so that an alert can name the one it is about.
 var memberStates = []string{
@@ -86,7 +94,7 @@ func writeMetrics(w io.Writer, rep *statusReport, code int) {
 			last.add(strconv.FormatInt(v.lastRun.Unix(), 10), "member", key)
 		}
 	}
-	for _, f := range []*family{build, exit, info, state, generation, lag, pending, size, free, last} {
+	for _, f := range []*family{build, exit, info, state, generation, lag, pending, size, free, last, entryFamily(volumes, keys)} {
 		f.write(w)
 	}
 	fmt.Fprint(w, "# EOF\n")

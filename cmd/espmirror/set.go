@@ -22,7 +22,7 @@ func (inv *invocation) addCommand() *cli.Command {
 		UsageText: "espmirror add [OPTIONS] VOLUME...",
 		Description: "The primary's " + replicate.SetPath + " gets a line for each VOLUME, and one for the primary itself when it has none;\n" +
 			"a run of `sync` follows, so that the file is the same on all members. Nothing else is ever adopted.",
-		Flags:  inv.setCommandFlags(),
+		Flags:  append(registerFlags(), inv.setCommandFlags()...),
 		Action: inv.action(1, -1, "name the volumes", func() (report, error) { return inv.changeSet("add") }),
 	}
 }
@@ -67,6 +67,13 @@ func (inv *invocation) changeSetOf(verb string, names []string) (report, error) 
 		return nil, err
 	}
 	defer m.close()
+	reg, err := inv.registration()
+	if err == nil {
+		err = reg.of(m.targets)
+	}
+	if err != nil {
+		return nil, err
+	}
 	if !rep.DryRun {
 		// Before the file is read, or another one who changes it at the same time would be undone.
 		if err := m.lockDisks(m.primaryDisk()...); err != nil {
@@ -80,6 +87,9 @@ func (inv *invocation) changeSetOf(verb string, names []string) (report, error) 
 	if err != nil {
 		return nil, err
 	}
+	if err := reg.choose(m); err != nil {
+		return nil, err
+	}
 	rep.Primary, rep.Members = m.primary.name, set.Members()
 	rep.Written = !rep.DryRun && (m.set == nil || string(m.set.Bytes()) != string(set.Bytes()))
 	if rep.Written {
@@ -88,7 +98,13 @@ func (inv *invocation) changeSetOf(verb string, names []string) (report, error) 
 		}
 	}
 	m.close()
+	if verb == "remove" {
+		inv.left(rep)
+	}
 	if rep.DryRun && verb == "add" && !inv.flag("no-sync") {
+		if err := reg.planned(rep); err != nil {
+			return nil, err
+		}
 		return rep, inv.planAdd(rep, volumes)
 	}
 	if rep.DryRun || inv.flag("no-sync") || len(set.Members()) < 2 {
@@ -107,7 +123,7 @@ func (inv *invocation) changeSetOf(verb string, names []string) (report, error) 
 	if r, ok := run.(*runReport); ok {
 		rep.Sync = r
 	}
-	return rep, rep.notSynced(err)
+	return rep, reg.carryOut(rep, rep.notSynced(err))
 }
 
 // planAdd plans the run that would follow, as a disk that has boot files of its own is about to lose them.
@@ -302,6 +318,7 @@ type setReport struct {
 	Members []string    `json:"members"`
 	Written bool        `json:"written"`
 	Sync    *runReport  `json:"sync,omitempty"`
+	setEntries
 
 	quiet bool
 }
@@ -328,4 +345,5 @@ func (r *setReport) print(o *output) {
 	if r.Sync != nil {
 		r.Sync.print(o)
 	}
+	r.setEntries.print(o)
 }

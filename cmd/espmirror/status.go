@@ -23,17 +23,25 @@ func (inv *invocation) statusCommand() *cli.Command {
 		Usage:     "show primary and targets, and whether they are in sync (the default command)",
 		UsageText: "espmirror status [OPTIONS] [--primary VOLUME] [--target VOLUME]...",
 		Description: "With no volume named, the replica set of the ESP that was booted; without a set, the ESPs of this machine\n" +
-			"and their health. Nothing is written. GEN is the generation: it grows with each completed change.\n\n" +
+			"and their health. Nothing is written. GEN is the generation: it grows with each completed change.\n" +
+			"BOOT are the boot entries of the firmware that lead there; in brackets those that it does not try by itself.\n\n" +
 			"States: ok, in sync, drifted (files differ), stale (behind the primary), new (never in a set), newer (ahead\n" +
 			"of the primary: it is refused), diverged (both were changed: it is refused), needs recovery, damaged, busy,\n" +
 			"missing, refused, failed, stopped.",
-		Flags: append(append(setFlags(), selectFlags()...), noProgressFlag(), &cli.BoolFlag{Name: "metrics",
-			Usage: "print gauges for Prometheus (OpenMetrics text) in place of the table", DisableDefaultText: true}),
+		Flags:  append(append(append(setFlags(), selectFlags()...), noProgressFlag()), metricsFlags()...),
 		Action: inv.action(0, 0, "name the volumes with --primary and --target", inv.status),
 	}
 }
 
 func (inv *invocation) status() (report, error) {
+	done, err := inv.statusOfVolumes()
+	if rep, ok := done.(*statusReport); ok {
+		inv.addEntries(rep)
+	}
+	return done, err
+}
+
+func (inv *invocation) statusOfVolumes() (report, error) {
 	rep := &statusReport{Volumes: []statusVolume{}}
 	if inv.metrics = inv.flag("metrics"); inv.metrics && inv.json != "off" {
 		inv.metrics = false
@@ -357,6 +365,7 @@ type statusVolume struct {
 	Error      *jsonError `json:"error,omitempty"`
 	// Set is how the target's set file differs from the primary's; nil when it does not, or when there is none.
 	Set *setDifference `json:"set_differs,omitempty"`
+	volumeEntries
 
 	compared bool // Changes is known
 	lastRun  time.Time
@@ -406,6 +415,7 @@ func (r *statusReport) print(o *output) {
 			next = append(next, v.Next)
 		}
 	}
+	r.entryColumn(t)
 	if len(r.Volumes) > 0 {
 		t.print(o)
 	} else {

@@ -14,7 +14,7 @@ import (
 )
 
 func (inv *invocation) syncCommand() *cli.Command {
-	return &cli.Command{
+	c := &cli.Command{
 		Name:  "sync",
 		Usage: "make the selected files of each target those of the primary",
 		UsageText: "espmirror sync [OPTIONS]\n" +
@@ -30,9 +30,13 @@ func (inv *invocation) syncCommand() *cli.Command {
 			timeoutFlag(),
 			&cli.StringFlag{Name: "random-seed", Value: "no", Usage: "also give each target a fresh random seed of its own: `yes|no`"},
 			&cli.StringFlag{Name: "read-back", Value: "yes", Usage: "compare what was written with the medium before the commit: `yes|no`"},
-			noProgressFlag()),
+			jobsFlag(), noProgressFlag()),
 		Action: inv.action(0, 0, "name the volumes with --primary and --target", inv.sync),
 	}
+	if !forInitrd {
+		c.Flags = append(c.Flags, manifestFlags()...)
+	}
+	return c
 }
 
 func (inv *invocation) sync() (report, error) {
@@ -70,9 +74,15 @@ func (inv *invocation) sync() (report, error) {
 	if _, _, err := inv.timeout(); err != nil {
 		return nil, err
 	}
+	if err := inv.readJobs(); err != nil {
+		return nil, err
+	}
 	m, err := inv.newMembers("sync")
 	if err != nil {
 		return nil, err
+	}
+	if !forInitrd {
+		return inv.thenManifest(m, dryRun, func() (report, error) { return inv.replicate(m, o, run, !dryRun) })
 	}
 	return inv.replicate(m, o, run, !o.DryRun)
 }

@@ -75,10 +75,12 @@ type identity struct {
 	FATType  string `json:"fat_type,omitempty"`
 	Serial   string `json:"serial,omitempty"`
 	Label    string `json:"label,omitempty"`
+
+	loc *gpt.Location
 }
 
 func identityOf(loc *gpt.Location) identity {
-	id := identity{Device: loc.Path, Offset: loc.Offset, Size: loc.Size}
+	id := identity{Device: loc.Path, Offset: loc.Offset, Size: loc.Size, loc: loc}
 	if loc.Part != nil {
 		id.PartType, id.PartGUID, id.PartName = loc.Part.TypeName(), loc.Part.PARTUUID(), loc.Part.Name
 	}

@@ -14,7 +14,6 @@ import (
 	"strings"
 	"time"
 
-	"espmirror/fatdriver"
 	"espmirror/replicate"
 )
 
@@ -235,7 +234,4 @@ func (m Member) copy(ctx context.Context, w io.Writer, fsys fs.FS) error {
 
 // OwnFiles says which paths of a volume belong to that volume alone, and are not for an archive that others unpack: the
 // random seed, of which two systems must not have the same, and espmirror's journal and state.
-func OwnFiles(p string) bool {
-	k := fatdriver.Fold(p)
-	return k == "LOADER/RANDOM-SEED" || k == "EFI/ESPMIRROR" || strings.HasPrefix(k, "EFI/ESPMIRROR/")
-}
+func OwnFiles(p string) bool { return replicate.OwnFile(p) }

@@ -39,7 +39,8 @@ func TestInitrdProgram(t *testing.T) {
 		status     int
 	}{
 		{"early --system-root=" + dir, "nothing to do", 0},
-		{"extract --format=tar " + archive, "is not files", 64},
+		{"extract --format=tar " + archive, "there is no command", 64},
+		{"status --metrics", "metrics", 64},
 		{"sync --primary " + archive + " --target " + archive, "cannot", 6},
 	} {
 		cmd := exec.Command(program, strings.Fields(c.args)...)

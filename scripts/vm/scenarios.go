@@ -25,6 +25,7 @@ var scenarios = []scenario{
 	{"b-systemd", "as a-systemd, with dracut", "dracut", wholeSystem},
 	{"c", "power cuts in a sync, then a boot from the second disk", "initramfs-tools", powerCuts},
 	{"d", "first disk removed; it comes back stale", "initramfs-tools", removed},
+	{"boot-entry", "a boot entry for the second disk, and a boot by it", "initramfs-tools", registered},
 	{"e", "first disk with 4096-byte sectors, second with FAT16", "initramfs-tools", otherLayouts},
 	{"f", "second disk absent, or late", "initramfs-tools", absent},
 	{"f-systemd", "second disk plugged into the running system", "dracut", plugged},
@@ -282,6 +283,48 @@ func removed(s *scene) {
 	s.prove(isNew, "the command of the hint, `"+strings.TrimSpace(boot.parts["hint"].text)+"`, brings it up to date")
 	boot = s.boot(start{disks: []*disk{a, b}, script: show})
 	s.prove(boot.version() == "v2" && boot.parts["status"].code == 0, "and it boots the new kernel")
+}
+
+// registered makes a boot entry for a new member in the variables of the firmware, and has the firmware start it.
+func registered(s *scene) {
+	a := s.disk("alpha", diskOptions{}, s.version("v1", "initrd", small))
+	b := s.disk("bravo", diskOptions{}, nil)
+	vars := filepath.Join(s.dir, "entry-vars.fd")
+	boot := s.boot(start{disks: []*disk{a, b}, from: -1, vars: vars, script: `
+cd /sys/firmware/efi/efivars
+global=8be4df61-93ca-11d2-aa0d-00e098032b8c
+section order od -An -v -tx2 -j4 -w1024 BootOrder-$global
+section add espmirror add --register PARTUUID=` + b.guid + `
+section again espmirror add --register PARTUUID=` + b.guid + `
+number=$(sed -n 's/^boot entry Boot\(....\) .*/\1/p' /run/section)
+section status espmirror status
+section ordered od -An -v -tx2 -j4 -w1024 BootOrder-$global
+# Once, as the firmware's boot menu would.
+printf "\\007\\000\\000\\000\\$(printf %03o 0x$number)\\000" >BootNext-$global
+section next od -An -v -tx2 -j4 BootNext-$global
+section name echo "$number"
+`})
+	p := boot.parts
+	s.need(p["add"].code == 0 && strings.Contains(p["add"].text, ": created\n"), "add --register: exit status %d: %s", p["add"].code, p["add"].text)
+	s.need(p["again"].code == 0 && strings.Contains(p["again"].text, ": there\n"), "add --register again: exit status %d: %s", p["again"].code, p["again"].text)
+	number := strings.ToLower(strings.TrimSpace(p["name"].text))
+	before, after := strings.Fields(p["order"].text), strings.Fields(p["ordered"].text)
+	s.need(len(before) > 0 && slices.Equal(append(before, number), after), "the order was %q, and is %q; the entry is %s", before, after, number)
+	s.need(strings.Contains(p["status"].text, "Boot"+strings.ToUpper(number)+"  in sync"), "status: %s", p["status"].text)
+	s.prove(true, "add --register makes a boot entry behind all others, once, and status shows it")
+	s.need(strings.TrimSpace(p["next"].text) == number, "BootNext is %q", p["next"].text)
+	s.same(a, b)
+
+	boot = s.boot(start{disks: []*disk{a, b}, from: -1, vars: vars, script: `
+section current od -An -v -tx2 -j4 /sys/firmware/efi/efivars/BootCurrent-8be4df61-93ca-11d2-aa0d-00e098032b8c
+section status espmirror status
+section json espmirror status --json=short
+`})
+	p = boot.parts
+	s.need(strings.TrimSpace(p["current"].text) == number, "BootCurrent is %q, and the entry %s", p["current"].text, number)
+	s.need(p["status"].code == 0 && strings.Contains(p["status"].text, "Boot"+strings.ToUpper(number)+"  ok"), "status: exit status %d: %s", p["status"].code, p["status"].text)
+	s.need(strings.Contains(p["json"].text, `"role":"primary"`) && strings.Index(p["json"].text, b.guid) < strings.Index(p["json"].text, a.guid), "%s is not the primary: %s", b.name, p["json"].text)
+	s.prove(boot.version() == "v1", "firmware starts the second disk by it, and that is the primary then")
 }
 
 // otherLayouts has disks that are not alike.

@@ -115,7 +115,7 @@ var Table = []Mutant{
 
 	// Order of a transaction.
 	{Name: "commit before build", Breaks: "the commit comes first", Patches: []Patch{
-		{buildGo, "func() error { return receive(f, tx) },", "", `
+		{buildGo, "func() error { return r.receive(f, tx) },", "", `
 		func() error {
 			if !mutant("commit before build") {
 				return nil
@@ -145,7 +145,7 @@ var Table = []Mutant{
 		}
 		`}}},
 	{Name: "intent after the build", Breaks: "the record is written between build and commit", Patches: []Patch{
-		{syncGo, "each(r.sides, r.prepare)", "each(r.sides, r.prepare)", "if !mutant(\"intent after the build\") {\neach(r.sides, r.prepare)\n}"}}},
+		{syncGo, "r.each(r.prepare)", "r.each(r.prepare)", "if !mutant(\"intent after the build\") {\nr.each(r.prepare)\n}"}}},
 	{Name: "record closed before free", Breaks: "the record is closed, flushed, and then the old clusters become free", Patches: []Patch{
 		{buildGo, "func closeTx(tx *fatdriver.Tx, log *journal.Log) error {", "", "\nif mutant(\"record closed before free\") && log != nil {\nif err := inOrder(log.Done, tx.Flush); err != nil {\nreturn err\n}\n}"}}},
 	{Name: "commits without Advance", Breaks: "several commits, and the record does not say how far they came", First: "kernel", Patches: []Patch{
