@@ -37,7 +37,7 @@ func (r *Report) ClusterBytes(n int64) int64 { return n * int64(r.Geometry.Clust
 
 func (r *Report) note(s Severity, path string, c Cluster, off int64, format string, a ...any) {
 	if len(r.Findings) < maxFindings {
-		r.Findings = append(r.Findings, Finding{s, path, c, off, fmt.Sprintf(format, a...)})
+		r.Findings = append(r.Findings, Finding{Severity: s, Path: path, Cluster: uint32(c), Off: off, Msg: fmt.Sprintf(format, a...)})
 	}
 }
 

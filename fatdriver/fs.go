@@ -1,17 +1,17 @@
 package fatdriver
 
 import (
-	"espmirror/fatdriver/internal/iofs"
-	"fmt"
 	"io"
 	"io/fs"
 	"slices"
 	"strings"
 	"time"
 	"unicode/utf8"
+
+	"espmirror/fatdriver/internal/iofs"
 )
 
-// FS returns the tree as an io/fs file system, which also implements fs.ReadDirFS, fs.StatFS and fs.ReadFileFS; its
+// FS returns the tree as an io/fs file system, which also implements fs.ReadDirFS and fs.StatFS; its
 // files are io.ReaderAt and io.Seeker. Names are found without regard to case, by long or short name. FileInfo.Sys
 // gives the *Node. Times are UTC, as in Entry.ModTime.
 //
@@ -21,48 +21,39 @@ import (
 //
 // The result does not see later changes of the tree, and is safe for concurrent use.
 func (t *Tree) FS() fs.FS {
-	f := &treeFS{tree: t, dirs: make(map[*Node]*fsDir)}
-	f.index(t.Root)
+	f := &treeFS{Root: t.Root, Dirs: map[iofs.Node]*iofs.Index{}, Fold: Fold, Read: func(n iofs.Node) (*io.SectionReader, error) { return t.Open(n.(*Node)) }, Damaged: ErrDamaged,
+		Info: func(n iofs.Node) iofs.Info { return infoOf(n.(*Node)) }}
+	indexDir(f, t.Root)
 	return f
 }
 
-// treeFS is a Tree as an fs.FS. The index is complete before the first use, so that no lock is needed.
-type treeFS struct {
-	tree *Tree
-	dirs map[*Node]*fsDir
-}
+type treeFS = iofs.FS
 
-// fsDir is the index of one directory.
-type fsDir struct {
-	list  []fs.DirEntry // sorted by name
-	names map[string]*Node
-}
-
-func (f *treeFS) index(dir *Node) {
-	d := &fsDir{names: make(map[string]*Node, len(dir.Children))}
-	f.dirs[dir] = d
+func indexDir(f *treeFS, dir *Node) {
+	d := &iofs.Index{Names: make(map[string]iofs.Node, len(dir.Children))}
+	f.Dirs[dir] = d
 	claim := func(name string, n *Node) bool {
 		k := Fold(name)
-		if d.names[k] != nil {
+		if d.Names[k] != nil {
 			return false
 		}
-		d.names[k] = n
+		d.Names[k] = n
 		return true
 	}
 	// Of two equal names the first is the one that readers of a FAT directory find. Long names go before short ones: on
 	// a sound volume no short name equals another entry's long name, and on a damaged one the long name is shown.
 	for _, n := range dir.Children {
 		if name := fsName(n); claim(name, n) {
-			d.list = append(d.list, &fileInfo{name: name, node: n})
+			d.List = append(d.List, &fileInfo{name: name, node: n})
 		}
 	}
 	for _, n := range dir.Children {
 		claim(displayPlain(n.Entry.short()), n)
 		if n.IsDir() {
-			f.index(n)
+			indexDir(f, n)
 		}
 	}
-	slices.SortFunc(d.list, func(a, b fs.DirEntry) int { return strings.Compare(a.Name(), b.Name()) })
+	slices.SortFunc(d.List, func(a, b fs.DirEntry) int { return strings.Compare(a.Name(), b.Name()) })
 }
 
 // fsName is the name of a node as io/fs may see it.
@@ -73,106 +64,11 @@ func fsName(n *Node) string {
 	return displayPlain(n.Entry.short())
 }
 
-func (f *treeFS) find(op, name string) (*Node, error) {
-	if !fs.ValidPath(name) {
-		return nil, &fs.PathError{Op: op, Path: name, Err: fs.ErrInvalid}
-	}
-	n := f.tree.Root
-	if name == "." {
-		return n, nil
-	}
-	for part := range strings.SplitSeq(name, "/") {
-		d := f.dirs[n]
-		if d == nil {
-			return nil, &fs.PathError{Op: op, Path: name, Err: fs.ErrNotExist}
-		}
-		next := d.names[Fold(part)]
-		if next == nil {
-			if n.err != nil {
-				// The entry may well be there, in the part of the directory that cannot be read.
-				return nil, damagedPath(op, name, n)
-			}
-			return nil, &fs.PathError{Op: op, Path: name, Err: fs.ErrNotExist}
-		}
-		n = next
-	}
-	return n, nil
-}
-
-func damagedPath(op, name string, n *Node) error {
-	return &fs.PathError{Op: op, Path: name, Err: fmt.Errorf("%w: /%s: %w", ErrDamaged, n.Path(), n.err)}
-}
-
 func infoOf(n *Node) *fileInfo {
 	if n.Parent == nil {
 		return &fileInfo{name: ".", node: n}
 	}
 	return &fileInfo{name: fsName(n), node: n}
-}
-
-// Open implements fs.FS.
-func (f *treeFS) Open(name string) (fs.File, error) {
-	n, err := f.find("open", name)
-	if err != nil {
-		return nil, err
-	}
-	if n.err != nil {
-		return nil, damagedPath("open", name, n)
-	}
-	if n.IsDir() {
-		return iofs.NewDir(name, infoOf(n), f.dirs[n].list), nil
-	}
-	r, err := f.tree.Open(n)
-	if err != nil {
-		return nil, &fs.PathError{Op: "open", Path: name, Err: err}
-	}
-	return iofs.NewFile(name, infoOf(n), r), nil
-}
-
-// ReadDir implements fs.ReadDirFS.
-func (f *treeFS) ReadDir(name string) ([]fs.DirEntry, error) {
-	n, err := f.find("readdir", name)
-	switch {
-	case err != nil:
-		return nil, err
-	case !n.IsDir():
-		return nil, &fs.PathError{Op: "readdir", Path: name, Err: iofs.ErrNotDir}
-	case n.err != nil:
-		return nil, damagedPath("readdir", name, n)
-	}
-	return slices.Clone(f.dirs[n].list), nil
-}
-
-// Stat implements fs.StatFS.
-func (f *treeFS) Stat(name string) (fs.FileInfo, error) {
-	n, err := f.find("stat", name)
-	if err != nil {
-		return nil, err
-	}
-	return infoOf(n), nil
-}
-
-// ReadFile implements fs.ReadFileFS.
-func (f *treeFS) ReadFile(name string) ([]byte, error) {
-	n, err := f.find("read", name)
-	switch {
-	case err != nil:
-		return nil, err
-	case n.IsDir():
-		return nil, &fs.PathError{Op: "read", Path: name, Err: iofs.ErrIsDir}
-	case n.err != nil:
-		return nil, damagedPath("read", name, n)
-	}
-	r, err := f.tree.Open(n)
-	if err != nil {
-		return nil, &fs.PathError{Op: "read", Path: name, Err: err}
-	}
-	// The size is backed by a chain of that many clusters, so it is no larger than the volume.
-	b := make([]byte, r.Size())
-	if _, err := io.ReadFull(r, b); err != nil {
-		return nil, &fs.PathError{Op: "read", Path: name, Err: err}
-	}
-	return b, nil
 }
 
 // fileInfo is both the fs.FileInfo and the fs.DirEntry of a node.

@@ -353,15 +353,14 @@ func (pl *planner) step(s Step, last map[*Node]*Want) error {
 			parents = append(parents, an.Parent)
 			before[an.Parent] = append([]byte(nil), raw...)
 		}
-		name := ""
+		var name string
 		switch {
 		case an.Old != nil:
 			name = an.Old.Path()
+		case an.Parent.Parent == nil:
+			name = an.New.Name
 		default:
 			name = an.Parent.Path() + "/" + an.New.Name
-			if an.Parent.Parent == nil {
-				name = an.New.Name
-			}
 		}
 		paths[an.Parent] = append(paths[an.Parent], name)
 		if err := pl.anchor(an, last[an.Old] == an.New); err != nil {

@@ -6,45 +6,24 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"strings"
+
+	"espmirror/fatdriver/internal/tree"
 )
 
 // Severity says what a finding means for somebody who wants to use the volume.
-type Severity int
+type Severity = tree.Severity
 
 const (
 	// Note is something unusual that nobody has to mend.
-	Note Severity = iota
+	Note = tree.Note
 	// Warning is something that fsck.fat would mend and that harms no reader: lost clusters, a stale free count.
-	Warning
+	Warning = tree.Warning
 	// Damage is something that makes readers disagree or fail. A volume with damage is neither source nor target.
-	Damage
+	Damage = tree.Damage
 )
 
-func (s Severity) String() string { return [...]string{"note", "warning", "damage"}[s] }
-
 // Finding is one thing that is wrong with a volume, and where.
-type Finding struct {
-	Severity Severity
-	Path     string // the file or directory, "/" and below; "" when it concerns the volume
-	Cluster  Cluster
-	Off      int64 // byte offset on the volume, -1 when a cluster or a path says more
-	Msg      string
-}
-
-func (f Finding) String() string {
-	var sb strings.Builder
-	if f.Path != "" {
-		fmt.Fprintf(&sb, "%s: ", f.Path)
-	}
-	if f.Off >= 0 {
-		fmt.Fprintf(&sb, "offset 0x%x: ", f.Off)
-	}
-	if f.Cluster != 0 {
-		fmt.Fprintf(&sb, "cluster %d: ", f.Cluster)
-	}
-	return sb.String() + f.Msg
-}
+type Finding = tree.Finding
 
 // Node is a file or directory of a scanned volume.
 type Node struct {
@@ -95,6 +74,9 @@ func (n *Node) cluster() Cluster {
 	}
 	return n.Runs[0].First
 }
+
+// Err says why the content of a file or directory cannot be read, nil when it can.
+func (n *Node) Err() error { return n.err }
 
 // Child finds an entry of a directory by its long or short name, without regard to case; nil when there is none.
 func (n *Node) Child(name string) *Node {
@@ -155,41 +137,21 @@ func (u *Unreadable) Unwrap() error { return u.Err }
 func (t *Tree) Volume() *Volume { return t.vol }
 
 // Damage returns ErrDamaged with the first finding of that severity, or nil.
-func (t *Tree) Damage() error {
-	n := 0
-	var first Finding
-	for _, f := range t.Findings {
-		if f.Severity == Damage {
-			if n == 0 {
-				first = f
-			}
-			n++
-		}
-	}
-	switch n {
-	case 0:
-		return nil
-	case 1:
-		return fmt.Errorf("%w: %v", ErrDamaged, first)
-	}
-	return fmt.Errorf("%w: %v (and %d more findings)", ErrDamaged, first, n-1)
-}
+func (t *Tree) Damage() error { return tree.Damaged(t.Findings, ErrDamaged) }
 
 // Lookup finds a path below the root, without regard to case. "" and "/" are the root; nil means that there is none.
 func (t *Tree) Lookup(path string) *Node {
 	n := t.Root
-	for _, name := range SplitPath(path) {
+	for _, name := range tree.SplitPath(path) {
 		if n = n.Child(name); n == nil {
-			return nil
+			break
 		}
 	}
 	return n
 }
 
 // SplitPath splits a path at slashes and backslashes, and leaves out empty parts.
-func SplitPath(path string) []string {
-	return strings.FieldsFunc(path, func(r rune) bool { return r == '/' || r == '\\' })
-}
+func SplitPath(path string) []string { return tree.SplitPath(path) }
 
 // Open returns the content of a file of the tree.
 func (t *Tree) Open(n *Node) (*io.SectionReader, error) {
@@ -275,7 +237,7 @@ func (t *Tree) note(s Severity, n *Node, c Cluster, format string, a ...any) {
 	if n != nil {
 		path += n.Path()
 	}
-	t.Findings = append(t.Findings, Finding{s, path, c, -1, fmt.Sprintf(format, a...)})
+	t.Findings = append(t.Findings, Finding{Severity: s, Path: path, Cluster: uint32(c), Off: -1, Msg: fmt.Sprintf(format, a...)})
 }
 
 // rawDir reads all slots of a directory.
@@ -324,7 +286,7 @@ func (t *Tree) skip(sector []byte, u *Unreadable) error {
 		sector[i] = slotDeleted
 	}
 	t.unread = append(t.unread, u)
-	t.Findings = append(t.Findings, Finding{Damage, "/" + u.Path, 0, u.Off, fmt.Sprintf("the directory cannot be read: %v", u.Err)})
+	t.Findings = append(t.Findings, Finding{Severity: Damage, Path: "/" + u.Path, Off: u.Off, Msg: fmt.Sprintf("the directory cannot be read: %v", u.Err)})
 	return nil
 }
 

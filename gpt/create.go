@@ -11,7 +11,9 @@ import (
 	"io"
 	"io/fs"
 	"slices"
+	"strings"
 	"unicode/utf16"
+	"unicode/utf8"
 
 	diskfs "github.com/diskfs/go-diskfs/partition/gpt"
 	"github.com/google/uuid"
@@ -20,7 +22,8 @@ import (
 )
 
 var (
-	// ErrNoRoom is returned when a partition does not fit on a disk, or a table has no entry left for it.
+	// ErrNoRoom is returned when a partition does not fit on a disk, or a table has no entry left for it, or another one with
+	// its GUID.
 	ErrNoRoom = errors.New("there is no room")
 
 	// ErrUnsound is returned by what changes a table that is not as it should be in all its parts. The table was not touched.
@@ -84,8 +87,9 @@ func FreeExtents(size int64, sector int, t *Table) []Extent {
 // count. The caller has cleared what was there: in the sectors of the headers and of the protective MBR are zeros.
 //
 // The bytes are go-diskfs's, the order is ours: first both entry arrays, which nobody takes for anything; then the primary
-// header, with which there is a table; then its backup; and last the protective MBR, without which firmware and Linux do
-// not look at the rest. So a cut leaves no table, or one that Read takes and Complete finishes.
+// header without its first byte, and with it, from when on there is a table; then its backup; and last the protective MBR,
+// without which firmware and Linux do not look at the rest. So a cut leaves no table, or one that Read takes and Complete
+// finishes, also where it tears a sector.
 func Create(d blockdev.Device, disk uuid.UUID, parts []Partition) error {
 	w, err := planCreate(d.Size(), d.SectorSize(), disk, parts)
 	if err != nil {
@@ -150,14 +154,8 @@ func planCreate(size int64, sector int, disk uuid.UUID, parts []Partition) ([]ta
 			return nil, fmt.Errorf("internal error: go-diskfs: %w", err)
 		}
 	}
-	// UEFI specification, "Protective MBR": the size is that of the disk, less the MBR, and FFFFFFFF where it does not fit;
-	// the library cuts the number off. The library leaves the CHS fields at zero too: 00 02 00 is the second sector.
-	mbr := make([]byte, sector)
-	copy(mbr[m.writes[0].off:], m.writes[0].data)
-	e := mbrEntry(mbr, 0)
-	copy(e[1:], []byte{0x00, 0x02, 0x00})
-	copy(e[5:], []byte{0xff, 0xff, 0xff})
-	binary.LittleEndian.PutUint32(e[12:], uint32(min(size/int64(sector)-1, 0xffffffff)))
+	// The library cuts off a size that does not fit into 32 bits, and leaves the CHS fields at zero.
+	mbr := protectiveMBR(size, sector)
 	if _, err := o.WriteAt(mbr, 0); err != nil {
 		return nil, fmt.Errorf("internal error: %w", err)
 	}
@@ -180,9 +178,17 @@ func planCreate(size int64, sector int, disk uuid.UUID, parts []Partition) ([]ta
 			return nil, fmt.Errorf("%w: partitions %d and %d overlap", ErrNoRoom, q.Number, q.Overlaps[0])
 		}
 	}
+	header := m.writes[4]
+	if header.off != int64(sector) || !bytes.HasPrefix(header.data, []byte(signature)) {
+		return nil, fmt.Errorf("internal error: go-diskfs wrote the primary header at offset 0x%x", header.off)
+	}
+	silent := bytes.Clone(header.data)
+	silent[0] = 0
 	return []tableStep{
 		{"the entry arrays", []tableWrite{m.writes[1], m.writes[3]}},
-		{"the primary header", []tableWrite{m.writes[4]}},
+		// A header that is torn is a damaged table; one without the first byte is nothing, and that byte cannot be torn.
+		{"the primary header without its first byte", []tableWrite{{header.off, silent}}},
+		{"the primary header", []tableWrite{header}},
 		{"the backup header", []tableWrite{m.writes[2]}},
 		{"the protective MBR", []tableWrite{{0, mbr}}},
 	}, nil
@@ -190,6 +196,9 @@ func planCreate(size int64, sector int, disk uuid.UUID, parts []Partition) ([]ta
 
 // CheckName says what is wrong with the name of a partition; nil when nothing is.
 func CheckName(name string) error {
+	if !utf8.ValidString(name) || strings.Contains(name, "\x00") {
+		return fmt.Errorf("cannot name a partition %q: it is not UTF-8 without NULs", name) // a NUL ends it
+	}
 	if n := len(utf16.Encode([]rune(name))); n > maxName {
 		return fmt.Errorf("cannot name a partition %q: it has %d UTF-16 units, at most %d fit", name, n, maxName)
 	}
@@ -307,15 +316,19 @@ func insert(d blockdev.Device, sector int, p *Partition) (int, error) {
 	if p.Start < first || p.Size <= 0 || p.Start > last-p.Size || p.Start%int64(sector) != 0 || p.Size%int64(sector) != 0 {
 		return 0, fmt.Errorf("%w: 0x%x bytes at 0x%x", ErrNoRoom, p.Size, p.Start)
 	}
-	slot := -1
+	// One that is all zeros is better than one that was taken once: Complete knows what was there.
+	slot, blank := -1, false
 	le := binary.LittleEndian
 	for i := range h.count {
 		e := h.entry(i)
 		if allZero(e[offEntryType:offEntryGUID]) {
-			if slot < 0 {
-				slot = i
+			if zero := allZero(e); slot < 0 || zero && !blank {
+				slot, blank = i, zero
 			}
 			continue
+		}
+		if bytes.Equal(e[offEntryGUID:offEntryStart], entryBytes(p, sector, entrySize)[offEntryGUID:offEntryStart]) {
+			return 0, fmt.Errorf("%w: partition %d has the GUID %s", ErrNoRoom, i+1, p.GUID)
 		}
 		start, end := le.Uint64(e[offEntryStart:]), le.Uint64(e[offEntryEnd:])
 		if start <= uint64(p.End())/uint64(sector)-1 && end >= uint64(p.Start)/uint64(sector) {
@@ -325,29 +338,41 @@ func insert(d blockdev.Device, sector int, p *Partition) (int, error) {
 	if slot < 0 {
 		return 0, fmt.Errorf("%w: all %d entries of the table are taken", ErrNoRoom, h.count)
 	}
-	return slot + 1, s.patch(d, slot, entryBytes(p, sector, h.entrySize))
+	array := bytes.Clone(h.array)
+	copy(array[slot*h.entrySize:], entryBytes(p, sector, h.entrySize))
+	for _, h := range []*header{s.backup, s.primary} {
+		if err := h.putEntry(d, sector, slot, array); err != nil {
+			return 0, err
+		}
+		if err := h.putHeader(d, sector, array); err != nil {
+			return 0, err
+		}
+	}
+	return slot + 1, nil
 }
 
-// patch writes an entry into both copies: the backup, whatever its state, then the primary. Both are those of the primary
-// with that entry, so that a run that was cut is finished by the same call.
-func (s *sound) patch(d blockdev.Device, slot int, entry []byte) error {
-	h := s.primary
-	array := bytes.Clone(h.array)
-	copy(array[slot*h.entrySize:], entry)
-	for _, c := range []struct {
-		what string
-		h    *header
-	}{{"backup", s.backup}, {"primary", s.primary}} {
-		// An entry lies in one sector, or, where entries are longer, in several.
-		from := slot * h.entrySize / s.sector * s.sector
-		to := min(len(array), (slot*h.entrySize+h.entrySize+s.sector-1)/s.sector*s.sector)
-		off := int64(c.h.arrayLBA) * int64(s.sector)
-		if err := writeFlush(d, array[from:to], off+int64(from)); err != nil {
-			return fmt.Errorf("cannot write the entry into the %s table: %w", c.what, err)
-		}
-		if err := writeFlush(d, c.h.over(array), int64(c.h.my)*int64(s.sector)); err != nil {
-			return fmt.Errorf("cannot write the %s header: %w", c.what, err)
-		}
+// which names a copy in messages.
+func (h *header) which() string {
+	if h.my == 1 {
+		return "primary"
+	}
+	return "backup"
+}
+
+// putEntry writes the sectors of the copy's entry array that hold an entry: one, or several where entries are longer.
+func (h *header) putEntry(d blockdev.Device, sector, slot int, array []byte) error {
+	from := slot * h.entrySize / sector * sector
+	to := min(len(array), (slot*h.entrySize+h.entrySize+sector-1)/sector*sector)
+	if err := writeFlush(d, array[from:to], int64(h.arrayLBA)*int64(sector)+int64(from)); err != nil {
+		return fmt.Errorf("cannot write an entry of the %s table: %w", h.which(), err)
+	}
+	return nil
+}
+
+// putHeader writes the copy's header for an entry array.
+func (h *header) putHeader(d blockdev.Device, sector int, array []byte) error {
+	if err := writeFlush(d, h.over(array), int64(h.my)*int64(sector)); err != nil {
+		return fmt.Errorf("cannot write the %s header: %w", h.which(), err)
 	}
 	return nil
 }
@@ -373,9 +398,10 @@ func writeFlush(d blockdev.Device, b []byte, off int64) error {
 // Complete finishes what a Create or an Insert that was cut off left behind, and nothing else: it returns false, having
 // written nothing, when the table is sound, when there is none, and when it is in a state that no cut can explain.
 //
-// After a cut in Create the primary table is whole, the backup's array is there, and of the backup header and the MBR
-// those that are missing are zeros. After one in Insert the copies differ by one entry that one of them does not have; it
-// is finished where it has reached the primary, and taken back where it has not.
+// After a cut in Create the primary table is whole, the backup's array is there, and the backup header and the MBR are
+// there, zeros, or torn. After one in Insert the copies differ by one entry that one of them does not have, or has a part
+// of; it is finished where the backup is whole with it, and taken back where the primary is whole without. A cut in
+// Complete leaves such a state too.
 func Complete(d blockdev.Device) (bool, error) {
 	for _, sector := range sectorSizes(d) {
 		for _, f := range []func(blockdev.Device, int) (bool, error){completeCreate, completeInsert} {
@@ -390,11 +416,14 @@ func Complete(d blockdev.Device) (bool, error) {
 	return false, nil
 }
 
-// sectorZero says whether a sector reads as zeros.
-func sectorZero(d blockdev.Device, sector int, lba uint64) bool {
-	b := make([]byte, sector)
-	_, err := d.ReadAt(b, int64(lba)*int64(sector))
-	return err == nil && allZero(b)
+// between says whether each byte of b is that of one or of the other: what a write of one over the other can leave.
+func between(b, one, other []byte) bool {
+	for i := range b {
+		if b[i] != one[i] && b[i] != other[i] {
+			return false
+		}
+	}
+	return true
 }
 
 func completeCreate(d blockdev.Device, sector int) (bool, error) {
@@ -403,101 +432,98 @@ func completeCreate(d blockdev.Device, sector int) (bool, error) {
 		return false, nil
 	}
 	h := s.primary
-	noMBR := sectorZero(d, sector, 0)
-	if berr == nil && (!noMBR || !h.sameTable(s.backup)) {
+	mbr, zeros := make([]byte, sector), make([]byte, sector)
+	if _, err := d.ReadAt(mbr, 0); err != nil {
 		return false, nil
 	}
-	if berr != nil {
-		// The MBR is written after the backup.
-		blocks := uint64(len(h.array)+sector-1) / uint64(sector)
-		array := make([]byte, len(h.array))
-		if !noMBR || h.alt != uint64(d.Size())/uint64(sector)-1 || h.alt <= blocks || !sectorZero(d, sector, h.alt) {
+	whole := protectiveMBR(d.Size(), sector)
+	if berr == nil {
+		if !h.sameTable(s.backup) || !between(mbr, zeros, whole) || sameProtection(mbr, whole) {
 			return false, nil
 		}
-		if _, err := d.ReadAt(array, int64(h.alt-blocks)*int64(sector)); err != nil || !bytes.Equal(array, h.array) {
-			return false, nil
-		}
-		b := *h
-		b.raw = bytes.Clone(h.raw)
-		le := binary.LittleEndian
-		le.PutUint64(b.raw[offMyLBA:], h.alt)
-		le.PutUint64(b.raw[offAlternate:], h.my)
-		le.PutUint64(b.raw[offArray:], h.alt-blocks)
-		if err := writeFlush(d, b.over(h.array), int64(h.alt)*int64(sector)); err != nil {
-			return false, err
-		}
+		return true, writeFlush(d, whole, 0)
 	}
-	mbr := make([]byte, sector)
-	copy(mbr[mbrEntries:], []byte{0, 0, 2, 0, mbrTypeGPT, 0xff, 0xff, 0xff, 1, 0, 0, 0})
-	binary.LittleEndian.PutUint32(mbr[mbrEntries+12:], uint32(min(h.alt, 0xffffffff)))
-	mbr[510], mbr[511] = 0x55, 0xaa
-	return true, writeFlush(d, mbr, 0)
+	// The MBR is written after the backup.
+	blocks := uint64(len(h.array)+sector-1) / uint64(sector)
+	if !allZero(mbr) || h.alt != uint64(d.Size())/uint64(sector)-1 || h.alt <= blocks {
+		return false, nil
+	}
+	array, there := make([]byte, len(h.array)), make([]byte, sector)
+	if _, err := d.ReadAt(array, int64(h.alt-blocks)*int64(sector)); err != nil || !bytes.Equal(array, h.array) {
+		return false, nil
+	}
+	b := &header{raw: bytes.Clone(h.raw), my: h.alt}
+	le := binary.LittleEndian
+	le.PutUint64(b.raw[offMyLBA:], h.alt)
+	le.PutUint64(b.raw[offAlternate:], h.my)
+	le.PutUint64(b.raw[offArray:], h.alt-blocks)
+	if _, err := d.ReadAt(there, int64(h.alt)*int64(sector)); err != nil || !between(there, zeros, b.over(h.array)) {
+		return false, nil
+	}
+	if err := b.putHeader(d, sector, h.array); err != nil {
+		return false, err
+	}
+	return true, writeFlush(d, whole, 0)
 }
 
-// lax is a header whose own CRC is right, with the array that is there, whatever its CRC.
-func lax(d blockdev.Device, sector int, lba uint64) *header {
-	if _, err := readHeader(d, sector, lba); err == nil {
-		h, _ := readHeader(d, sector, lba)
-		return h
+// other reads the copy that belongs to h, of which the checksums may be wrong; nil when something else is.
+func (h *header) other(d blockdev.Device, sector int) *header {
+	o := *h
+	o.my, o.alt = h.alt, h.my
+	o.raw, o.array = make([]byte, sector), make([]byte, len(h.array))
+	if o.my == 0 || o.my > uint64(d.Size())/uint64(sector)-1 {
+		return nil
 	}
-	// Give the header the checksum of what is there, in memory, and let the same checks see it.
-	o := blockdev.NewOverlay(d)
-	raw := make([]byte, sector)
-	if _, err := d.ReadAt(raw, int64(lba)*int64(sector)); err != nil || !bytes.HasPrefix(raw, []byte(signature)) {
+	if _, err := d.ReadAt(o.raw, int64(o.my)*int64(sector)); err != nil {
 		return nil
 	}
 	le := binary.LittleEndian
-	size := le.Uint32(raw[offSize:])
-	if size < headerSize || size > uint32(sector) {
+	o.arrayLBA = le.Uint64(o.raw[offArray:])
+	for _, same := range [][2]int{{0, offCRC}, {offReserved, offMyLBA}, {offFirst, offArray}, {offCount, offArrayCRC}} {
+		if !bytes.Equal(o.raw[same[0]:same[1]], h.raw[same[0]:same[1]]) {
+			return nil
+		}
+	}
+	// The arrays are outside what partitions use, the primary's before it and the backup's behind.
+	blocks := uint64(len(o.array)+sector-1) / uint64(sector)
+	from, to := uint64(2), h.first
+	if o.my > 1 {
+		from, to = h.last+1, o.my
+	}
+	if le.Uint64(o.raw[offMyLBA:]) != o.my || le.Uint64(o.raw[offAlternate:]) != o.alt ||
+		o.arrayLBA < from || o.arrayLBA > to || blocks > to-o.arrayLBA {
 		return nil
 	}
-	sum := bytes.Clone(raw[:size])
-	clear(sum[offCRC : offCRC+4])
-	count, each := le.Uint32(raw[offCount:]), le.Uint32(raw[offEntrySize:])
-	at := le.Uint64(raw[offArray:])
-	sectors := uint64(d.Size()) / uint64(sector)
-	if crc32.ChecksumIEEE(sum) != le.Uint32(raw[offCRC:]) || count < 1 || count > maxEntries || each < entrySize || each > maxEntrySize || at >= sectors {
+	if _, err := d.ReadAt(o.array, int64(o.arrayLBA)*int64(sector)); err != nil {
 		return nil
 	}
-	array := make([]byte, int(count)*int(each))
-	if _, err := d.ReadAt(array, int64(at)*int64(sector)); err != nil {
-		return nil
-	}
-	if _, err := o.WriteAt((&header{raw: raw}).over(array), int64(lba)*int64(sector)); err != nil {
-		return nil
-	}
-	h, err := readHeader(o, sector, lba)
-	if err != nil {
-		return nil
-	}
-	h.raw = raw
-	return h
+	return &o
 }
 
-// extra finds the one entry that more has and less has not, for an ESP or XBOOTLDR partition. -1: they differ otherwise.
-func extra(more, less *header) int {
-	if more.count != less.count || more.entrySize != less.entrySize {
-		return -1
-	}
-	slot := -1
-	for i := range more.count {
-		if bytes.Equal(more.entry(i), less.entry(i)) {
+// differs finds the one entry in which two arrays differ: -1 when there is none, and false when there are several.
+func (h *header) differs(o *header) (slot int, ok bool) {
+	slot = -1
+	for i := range h.count {
+		if bytes.Equal(h.entry(i), o.entry(i)) {
 			continue
 		}
-		if slot >= 0 || !allZero(less.entry(i)) {
-			return -1
+		if slot >= 0 {
+			return 0, false
 		}
 		slot = i
 	}
-	if slot < 0 {
-		return -1
-	}
+	return slot, true
+}
+
+// inserted says whether the type of an entry is that of an ESP or XBOOTLDR partition, or a part of one.
+func inserted(entry []byte) bool {
 	for _, typ := range []uuid.UUID{TypeESP, TypeXBOOTLDR} {
-		if bytes.Equal(more.entry(slot)[:16], entryBytes(&Partition{Type: typ, Size: 512}, 512, entrySize)[:16]) {
-			return slot
+		whole := entryBytes(&Partition{Type: typ, Size: 512}, 512, entrySize)[:offEntryGUID]
+		if between(entry[:offEntryGUID], whole, make([]byte, offEntryGUID)) {
+			return true
 		}
 	}
-	return -1
+	return false
 }
 
 func completeInsert(d blockdev.Device, sector int) (bool, error) {
@@ -505,33 +531,69 @@ func completeInsert(d blockdev.Device, sector int) (bool, error) {
 	if sectors < 3 {
 		return false, nil
 	}
-	p, b := lax(d, sector, 1), lax(d, sector, sectors-1)
-	if p == nil || b == nil || p.alt != b.my || !bytes.Equal(p.raw[offFirst:offArray], b.raw[offFirst:offArray]) {
-		return false, nil
-	}
-	crc := func(h *header) uint32 { return binary.LittleEndian.Uint32(h.raw[offArrayCRC:]) }
-	sum := func(h *header) uint32 { return crc32.ChecksumIEEE(h.array) }
-	if crc(p) == sum(p) {
-		// It has not reached the primary, which is whole, and the backup is made like it again.
-		slot := extra(b, p)
-		if slot < 0 || crc(b) != sum(b) && crc(b) != crc(p) {
-			return false, nil
+	// The copies must be those of one disk: the backup at its end.
+	if p, err := readHeader(d, sector, 1); err == nil {
+		if b := p.other(d, sector); b != nil && b.my == sectors-1 {
+			return takeBack(d, sector, p, b)
 		}
-		s := &sound{primary: p, backup: b, sector: sector}
-		return true, s.patch(d, slot, p.entry(slot))
-	}
-	if crc(b) != sum(b) || !bytes.Equal(p.array, b.array) {
 		return false, nil
 	}
-	// The primary's entry is there and its header is not: it is that of one entry less.
-	for slot := range p.count {
-		old := *p
-		old.array = bytes.Clone(p.array)
-		clear(old.entry(slot))
-		if extra(p, &old) != slot || sum(&old) != crc(p) {
+	if b, err := readHeader(d, sector, sectors-1); err == nil && b.alt == 1 {
+		if p := b.other(d, sector); p != nil {
+			return finish(d, sector, p, b)
+		}
+	}
+	return false, nil
+}
+
+// takeBack makes the backup like the primary again, which is whole and which the new entry has not reached. Insert wrote
+// the entry before the header, so the header goes first.
+func takeBack(d blockdev.Device, sector int, p, b *header) (bool, error) {
+	slot, ok := p.differs(b)
+	if !ok || slot < 0 || !allZero(p.entry(slot)) || !inserted(b.entry(slot)) {
+		return false, nil
+	}
+	// A header that is not the old one any more is written behind an entry that is whole.
+	old := b.over(p.array)
+	if !between(b.raw, old, b.over(b.array)) {
+		return false, nil
+	}
+	if !bytes.Equal(b.raw, old) {
+		if err := b.putHeader(d, sector, p.array); err != nil {
+			return false, err
+		}
+	}
+	return true, b.putEntry(d, sector, slot, p.array)
+}
+
+// finish makes the primary like the backup, which is whole with the new entry.
+func finish(d blockdev.Device, sector int, p, b *header) (bool, error) {
+	slot, ok := p.differs(b)
+	if !ok {
+		return false, nil
+	}
+	for i := range b.count {
+		if slot >= 0 && i != slot || allZero(b.entry(i)[:offEntryGUID]) || !inserted(b.entry(i)) {
 			continue
 		}
-		return true, writeFlush(d, p.over(p.array), int64(sector))
+		before := bytes.Clone(b.array)
+		clear(before[i*b.entrySize : (i+1)*b.entrySize])
+		old := p.over(before)
+		if slot < 0 {
+			// The entry is there; the header is the old one, or torn.
+			if between(p.raw, old, p.over(b.array)) {
+				return true, p.putHeader(d, sector, b.array)
+			}
+			continue
+		}
+		// There is a part of the entry, behind which no header was written.
+		if !bytes.Equal(p.raw, old) || !between(p.entry(i), b.entry(i), make([]byte, b.entrySize)) {
+			return false, nil
+		}
+		if err := p.putEntry(d, sector, i, b.array); err != nil {
+			return false, err
+		}
+		return true, p.putHeader(d, sector, b.array)
 	}
 	return false, nil
 }

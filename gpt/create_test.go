@@ -87,6 +87,8 @@ func TestCreateRefuses(t *testing.T) {
 		{Partition{Number: 1, Start: 1 << 20, Size: 0}, "is not between"},
 		{Partition{Number: 1, Start: 1<<20 + 100, Size: 1 << 20}, "sectors of 512"},
 		{Partition{Number: 1, Start: 1 << 20, Size: 1 << 20, Name: strings.Repeat("𝄞", 19)}, "38 UTF-16 units"},
+		{Partition{Number: 1, Start: 1 << 20, Size: 1 << 20, Name: "a\x00b"}, "without NULs"},
+		{Partition{Number: 1, Start: 1 << 20, Size: 1 << 20, Name: "a\xff"}, "is not UTF-8"},
 		{Partition{Number: 200, Start: 1 << 20, Size: 1 << 20}, "invalid index"},
 		{Partition{Number: 3, Start: 6 << 20, Size: 1 << 20}, "overlap"},
 	} {
@@ -110,8 +112,36 @@ func TestCreateRefuses(t *testing.T) {
 	}
 }
 
-// TestCreateCut: after a cut between any two writes, with any subset of those of an epoch, there is no table, or a whole
-// one; and Complete makes that sound.
+// torn is how the sectors of a table are torn: T1 and T2 of the fault model.
+func torn(int, int64, [][]byte) fixtures.Tears { return fixtures.TearPrefix | fixtures.TearBytes }
+
+// completed has Complete mend a state, and sees that it does so from any state that a cut in Complete leaves, too, if it is
+// the turn of one of the many. judge says whether a state is sound.
+func completed(s *fixtures.State, sector, turn int, judge func(blockdev.Device) error) error {
+	rec := fixtures.NewRecorder(s, sector)
+	if done, err := Complete(rec); err != nil || !done {
+		return fmt.Errorf("completed %v: %w", done, err)
+	}
+	if err := judge(rec); err != nil {
+		return fmt.Errorf("completed: %w", err)
+	}
+	if done, err := Complete(rec); err != nil || done {
+		return fmt.Errorf("completed twice: %w", err)
+	}
+	if turn%16 != 1 {
+		return nil
+	}
+	_, err := rec.Recording().Explore(fixtures.CrashOptions{Limit: 16, Random: 16, Tears: torn}, func(s *fixtures.State) error {
+		if _, err := Complete(s); err != nil {
+			return err
+		}
+		return judge(s)
+	})
+	return err
+}
+
+// TestCreateCut: after a cut between any two writes, with any subset of those of an epoch, torn or not, there is no table,
+// or a whole one; and Complete makes that sound.
 func TestCreateCut(t *testing.T) {
 	for _, sector := range sectors {
 		base := fixtures.Image(make([]byte, 8<<20))
@@ -119,8 +149,29 @@ func TestCreateCut(t *testing.T) {
 		if err := Create(rec, DeriveGUID("t", "disk"), layoutOf(8<<20)); err != nil {
 			t.Fatal(err)
 		}
-		without, with := 0, 0
-		_, err := rec.Recording().Explore(fixtures.CrashOptions{Limit: 64, Random: 40}, func(s *fixtures.State) error {
+		// All that is written, but for the CHS addresses, which nobody looks at.
+		table := func(d blockdev.Device) []byte {
+			b := make([]byte, 2*64<<10)
+			if _, err := d.ReadAt(b[:len(b)/2], 0); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := d.ReadAt(b[len(b)/2:], d.Size()-int64(len(b)/2)); err != nil {
+				t.Fatal(err)
+			}
+			clear(mbrEntry(b, 0)[1:4])
+			clear(mbrEntry(b, 0)[5:8])
+			return b
+		}
+		want := table(rec)
+		judge := func(d blockdev.Device) error {
+			if !bytes.Equal(table(d), want) {
+				table, err := Read(d)
+				return fmt.Errorf("it is not the table that was to be made: %+v: %w", table, err)
+			}
+			return nil
+		}
+		without, with, unsound := 0, 0, 0
+		_, err := rec.Recording().Explore(fixtures.CrashOptions{Limit: 64, Random: 40, Tears: torn}, func(s *fixtures.State) error {
 			table, err := Read(s)
 			found, rerr := Recognise(s)
 			if rerr != nil {
@@ -131,24 +182,26 @@ func TestCreateCut(t *testing.T) {
 				if !errors.Is(err, ErrNoTable) || len(found) > 0 {
 					return fmt.Errorf("no table, but %v: %w", found, err)
 				}
+				if dirty, err := Dirty(s, TableExtents(s.Size(), sector)...); dirty || err != nil {
+					return fmt.Errorf("it seems to hold something: %w", err)
+				}
 				return nil
 			}
 			with++
 			if len(table.Partitions) != 2 {
 				return fmt.Errorf("%+v", table)
 			}
-			unsound := len(table.Problems) > 0
-			done, err := Complete(s)
-			if err != nil || done != unsound {
-				return fmt.Errorf("completed %v, unsound %v: %w", done, unsound, err)
+			if judge(s) == nil {
+				if done, err := Complete(s); done || err != nil {
+					return fmt.Errorf("a sound table was completed: %w", err)
+				}
+				return nil
 			}
-			if table, err = Read(s); err != nil || len(table.Problems) > 0 {
-				return fmt.Errorf("not completed: %+v: %w", table, err)
-			}
-			return nil
+			unsound++
+			return completed(s, sector, unsound, judge)
 		})
-		if err != nil || without == 0 || with < 3 {
-			t.Error(err, without, with)
+		if err != nil || without == 0 || with < 3 || unsound < 20 {
+			t.Error(err, without, with, unsound)
 		}
 	}
 }
@@ -222,6 +275,8 @@ func TestInsertRefuses(t *testing.T) {
 		"overlap":         {p: func(p *Partition) { p.Start = 4 << 20 }, want: ErrNoRoom},
 		"behind the end":  {p: func(p *Partition) { p.Size = 3 << 20 }, want: ErrNoRoom},
 		"in the table":    {p: func(p *Partition) { p.Start, p.Size = 512, 1024 }, want: ErrNoRoom},
+		"a GUID twice":    {p: func(p *Partition) { p.GUID = DeriveGUID("t", "esp") }, want: ErrNoRoom},
+		"NUL":             {p: func(p *Partition) { p.Name = "a\x00b" }, want: nil},
 		"not a sector":    {p: func(p *Partition) { p.Size = 1000 }, want: ErrNoRoom},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -239,7 +294,7 @@ func TestInsertRefuses(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if _, err := Insert(mem, table, []Partition{q}); !errors.Is(err, tc.want) {
+			if _, err := Insert(mem, table, []Partition{q}); err == nil || tc.want != nil && !errors.Is(err, tc.want) {
 				t.Error(err)
 			}
 			if !bytes.Equal(before, data) {
@@ -263,50 +318,95 @@ func TestInsertRefuses(t *testing.T) {
 	}
 }
 
-// TestInsertCut: after any cut Read gives the old table or the new one; Complete makes it sound, and is done then.
+// TestInsertCut: after any cut, torn sectors among them, Read gives the old table or the new one; Complete makes it sound,
+// and is done then.
 func TestInsertCut(t *testing.T) {
-	for _, sector := range sectors {
-		data := madeDisk(t, sector)
-		rec := fixtures.NewRecorder(fixtures.Image(data), sector)
+	for _, tc := range []struct{ sector, entry int }{{512, 128}, {4096, 128}, {512, 1024}} {
+		data := madeDisk(t, tc.sector)
+		if tc.entry != entrySize {
+			data = longerEntries(t, data, tc.entry)
+		}
+		rec := fixtures.NewRecorder(fixtures.Image(data), tc.sector)
 		table, err := Read(rec)
 		if err != nil {
 			t.Fatal(err)
 		}
 		parts := []Partition{
-			{Type: TypeXBOOTLDR, GUID: DeriveGUID("t", "b"), Start: 5 << 20, Size: 1 << 20},
+			{Type: TypeXBOOTLDR, GUID: DeriveGUID("t", "b"), Start: 5 << 20, Size: 1 << 20, Name: "a name"},
 			{Type: TypeESP, GUID: DeriveGUID("t", "a"), Start: 6 << 20, Size: 1 << 20},
 		}
 		if _, err := Insert(rec, table, parts); err != nil {
 			t.Fatal(err)
 		}
 		seen := map[int]int{}
-		last := 0
-		_, err = rec.Recording().Explore(fixtures.CrashOptions{}, func(s *fixtures.State) error {
+		unsound := 0
+		_, err = rec.Recording().Explore(fixtures.CrashOptions{Limit: 64, Random: 100, Tears: torn}, func(s *fixtures.State) error {
 			table, err := Read(s)
 			if err != nil {
 				return err
 			}
 			n := len(table.Partitions)
-			if seen[n]++; n < last || n > last+1 && last > 0 {
-				return fmt.Errorf("%d partitions after %d", n, last)
+			seen[n]++
+			if len(table.Problems) == 0 {
+				if done, err := Complete(s); done || err != nil {
+					return fmt.Errorf("a sound table was completed: %w", err)
+				}
+				return nil
 			}
-			last = max(last, n)
-			unsound := len(table.Problems) > 0
-			done, err := Complete(s)
-			if err != nil || done != unsound {
-				return fmt.Errorf("completed %v, but %q: %w", done, table.Problems, err)
-			}
-			if table, err = Read(s); err != nil || len(table.Problems) > 0 || len(table.Partitions) != n {
-				return fmt.Errorf("not completed: %+v: %w", table, err)
-			}
-			if done, err := Complete(s); done || err != nil {
-				return fmt.Errorf("completed twice: %w", err)
-			}
-			return nil
+			unsound++
+			return completed(s, tc.sector, unsound, func(d blockdev.Device) error {
+				table, err := Read(d)
+				if err != nil || len(table.Problems) > 0 || len(table.Partitions) != n {
+					return fmt.Errorf("%d partitions were there: %+v: %w", n, table, err)
+				}
+				return nil
+			})
 		})
-		if err != nil || seen[1] < 3 || seen[2] < 4 || seen[3] < 2 {
-			t.Error(err, seen)
+		if err != nil || seen[1] < 10 || seen[2] < 10 || seen[3] < 10 || unsound < 40 {
+			t.Error(tc, err, seen, unsound)
 		}
+	}
+}
+
+// longerEntries makes the entries of both copies of a table longer, and as many fewer.
+func longerEntries(t *testing.T, data []byte, size int) []byte {
+	t.Helper()
+	le := binary.LittleEndian
+	count := tableSize / size
+	for _, at := range []int{512, len(data) - 512} {
+		h := &header{raw: data[at : at+512]}
+		array := data[int(le.Uint64(h.raw[offArray:]))*512:][:tableSize]
+		first := bytes.Clone(array[:entrySize])
+		clear(array)
+		copy(array, first)
+		le.PutUint32(h.raw[offCount:], uint32(count))
+		le.PutUint32(h.raw[offEntrySize:], uint32(size))
+		copy(data[at:], h.over(array))
+	}
+	if table, err := Read(blockdev.NewMem(data, 512)); err != nil || len(table.Problems) > 0 || len(table.Partitions) != 1 {
+		t.Fatal(err, table)
+	}
+	return data
+}
+
+// TestInsertPrefersBlank: an entry that was taken once is the last choice, as a cut could not be told from damage there.
+func TestInsertPrefersBlank(t *testing.T) {
+	data := madeDisk(t, 512)
+	le := binary.LittleEndian
+	for _, at := range []int{512, len(data) - 512} {
+		h := &header{raw: data[at : at+512]}
+		array := data[int(le.Uint64(h.raw[offArray:]))*512:][:tableSize]
+		copy(array[entrySize+offEntryName:], "left over")
+		copy(data[at:], h.over(array))
+	}
+	mem := blockdev.NewMem(data, 512)
+	table, err := Read(mem)
+	if err != nil || len(table.Problems) > 0 {
+		t.Fatal(err, table)
+	}
+	numbers, err := Insert(mem, table, []Partition{{Type: TypeESP, GUID: DeriveGUID("t", "a"), Start: 6 << 20, Size: 1 << 20}})
+	if err != nil || numbers[0] != 3 {
+		t.Error(numbers, err)
 	}
 }
 

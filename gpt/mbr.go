@@ -1,6 +1,7 @@
 package gpt
 
 import (
+	"bytes"
 	"encoding/binary"
 	"fmt"
 
@@ -40,6 +41,27 @@ func isProtective(sector []byte) bool {
 		}
 	}
 	return false
+}
+
+// protectiveMBR is the first sector of a disk with a GPT. UEFI specification, "Protective MBR": one entry from the second
+// sector on, whose CHS address is 00 02 00, as long as the disk less that sector, or FFFFFFFF where this does not fit.
+func protectiveMBR(size int64, sector int) []byte {
+	b := make([]byte, sector)
+	e := mbrEntry(b, 0)
+	copy(e, []byte{0, 0x00, 0x02, 0x00, mbrTypeGPT, 0xff, 0xff, 0xff, 1, 0, 0, 0})
+	binary.LittleEndian.PutUint32(e[12:], uint32(min(size/int64(sector)-1, 0xffffffff)))
+	b[510], b[511] = 0x55, 0xaa
+	return b
+}
+
+// sameProtection says whether two protective MBRs differ in the CHS addresses at most, which nobody reads.
+func sameProtection(a, b []byte) bool {
+	a, b = bytes.Clone(a), bytes.Clone(b)
+	for _, s := range [][]byte{a, b} {
+		clear(mbrEntry(s, 0)[1:4])
+		clear(mbrEntry(s, 0)[5:8])
+	}
+	return bytes.Equal(a, b)
 }
 
 // readMBR returns the primary partitions of a plain MBR. Logical partitions are not looked for: firmware takes no ESP

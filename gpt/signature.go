@@ -202,11 +202,11 @@ func Dirty(d blockdev.Device, except ...Extent) (bool, error) {
 	return dirty, err
 }
 
-// TableExtents are the places of the entry arrays of a new table: a Create that was cut off may have left them, and
-// nothing else.
+// TableExtents are the places of the entry arrays and of the primary header of a new table: a Create that was cut off may
+// have left them, and nothing else, where there is no table yet.
 func TableExtents(size int64, sector int) []Extent {
 	first, end := Usable(size, sector)
-	return []Extent{{first - tableSize, tableSize}, {end, tableSize}}
+	return []Extent{{int64(sector), first - int64(sector)}, {end, tableSize}}
 }
 
 // Wipe clears the first and the last MiB and what Recognise finds between them, and flushes. What is zero already is not

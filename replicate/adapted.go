@@ -1,6 +1,7 @@
 package replicate
 
 import (
+	"io"
 	"time"
 
 	"espmirror/fatdriver"
@@ -11,6 +12,7 @@ import (
 type adapted struct {
 	Source
 	root *Item
+	of   map[*Item]*Item // the source's own item of each copy, by which it may know its content
 }
 
 // Adapt returns src with no time later than latest, and all in UTC: the times of a build must not be those of the machine
@@ -20,12 +22,15 @@ func Adapt(src Source, latest time.Time) Source {
 	if latest.IsZero() {
 		return src
 	}
-	return &adapted{src, clamped(src.Root(), latest)}
+	a := &adapted{Source: src, of: map[*Item]*Item{}}
+	a.root = a.clamped(src.Root(), latest)
+	return a
 }
 
 // clamped copies a tree.
-func clamped(it *Item, latest time.Time) *Item {
+func (a *adapted) clamped(it *Item, latest time.Time) *Item {
 	c := *it
+	a.of[&c] = it
 	for _, t := range []*time.Time{&c.Meta.Created, &c.Meta.Modified, &c.Meta.Accessed} {
 		if t.IsZero() {
 			continue
@@ -36,12 +41,19 @@ func clamped(it *Item, latest time.Time) *Item {
 	}
 	c.Children = make([]*Item, len(it.Children))
 	for i, child := range it.Children {
-		c.Children[i] = clamped(child, latest)
+		c.Children[i] = a.clamped(child, latest)
 	}
 	return &c
 }
 
 func (a *adapted) Root() *Item { return a.root }
+
+func (a *adapted) Open(it *Item) (io.ReadCloser, error) {
+	if own := a.of[it]; own != nil {
+		it = own
+	}
+	return a.Source.Open(it)
+}
 
 // Bytes returns how many bytes of files are selected on the source, each rounded up to clusters of the given size, and a
 // cluster for each directory: what a volume has to hold, but for its journal.

@@ -1,9 +1,11 @@
 package replicate
 
 import (
+	"errors"
 	"io"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 )
@@ -49,5 +51,41 @@ func TestAdapt(t *testing.T) {
 	}
 	if _, err := (Selection{Select: []string{"nothing"}}).Bytes(src, 4096); err == nil {
 		t.Error("an empty selection has a size")
+	}
+}
+
+// byItem is a source that knows its content by its own items, as archives and exFAT volumes do.
+type byItem struct {
+	Source
+	text map[*Item]string
+}
+
+func (s byItem) Open(it *Item) (io.ReadCloser, error) {
+	if text, ok := s.text[it]; ok {
+		return io.NopCloser(strings.NewReader(text)), nil
+	}
+	return nil, errors.New("no item of the source")
+}
+
+func TestAdaptOpensTheSourcesItems(t *testing.T) {
+	dir := t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, "a"), nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	src, err := OpenDirSource(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer src.Close()
+	own := src.Root().lookup("a")
+	got := Adapt(byItem{src, map[*Item]string{own: "content"}}, time.Unix(1, 0))
+	for _, it := range []*Item{own, got.Root().lookup("a")} {
+		r, err := got.Open(it)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if b, err := io.ReadAll(r); err != nil || string(b) != "content" {
+			t.Errorf("%q %v", b, err)
+		}
 	}
 }

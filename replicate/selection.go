@@ -31,6 +31,12 @@ var untouchable = []string{
 	"EFI/ESPMIRROR",      // journal and state
 }
 
+// OwnFile says whether a path is what two volumes never share: the random seed, the journal, the state, or what lies in
+// the directory of the last two. It is in no archive and in no manifest.
+func OwnFile(p string) bool {
+	return slices.ContainsFunc(prefixes(fatdriver.Fold(p)), func(q string) bool { return match(untouchable, q) })
+}
+
 // selection is a Selection made ready for one source.
 type selection struct {
 	anchors  []string // paths as the source or the user writes them, none inside another

@@ -34,7 +34,7 @@ type app struct {
 	// terminalWidth gives the columns of a terminal, 0 for anything else.
 	terminalWidth func(io.Writer) int
 	worker        worker
-	device        func(blockdev.Device) blockdev.Device // what init writes to; tests record there, and fail
+	device        func(blockdev.Device) blockdev.Device // what init writes to, and a manifest is read from; tests record there, and fail
 }
 
 // engine is the part of package replicate that writes or compares. Tests put failures there that no image can have.

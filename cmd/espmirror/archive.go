@@ -153,6 +153,9 @@ func writeFile(name string, overwrite bool, write func(io.Writer) error) error {
 	if err = w.Flush(); err == nil {
 		err = f.Chmod(0o644)
 	}
+	if err == nil {
+		err = f.Sync() // the name may be on the medium before the data, where another file had it
+	}
 	if cerr := f.Close(); err == nil {
 		err = cerr
 	}

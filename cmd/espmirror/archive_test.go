@@ -2,7 +2,6 @@ package main
 
 import (
 	"bytes"
-	"compress/gzip"
 	"context"
 	"io"
 	"os"
@@ -54,19 +53,6 @@ func pack(t *testing.T, dir, format string) []byte {
 	return buf.Bytes()
 }
 
-func compressed(t *testing.T, data []byte) []byte {
-	t.Helper()
-	var buf bytes.Buffer
-	w := gzip.NewWriter(&buf)
-	if _, err := w.Write(data); err != nil {
-		t.Fatal(err)
-	}
-	if err := w.Close(); err != nil {
-		t.Fatal(err)
-	}
-	return buf.Bytes()
-}
-
 func put(t *testing.T, name string, data []byte) {
 	t.Helper()
 	if err := os.WriteFile(name, data, 0o644); err != nil {
@@ -91,7 +77,7 @@ func TestArchivePrimary(t *testing.T) {
 		for _, how := range []string{"plain", "gz", "stdin", "stdin gz"} {
 			name, in := "x."+format, data
 			if strings.HasSuffix(how, "gz") {
-				in = compressed(t, data)
+				in = fixtures.Gzip(t, data)
 			}
 			if strings.HasPrefix(how, "stdin") {
 				name = "-"
@@ -127,6 +113,37 @@ func TestArchivePrimary(t *testing.T) {
 }
 
 // TestArchiveRefused has what is refused before the first write: the bench sees to it that no image changes.
+// TestInitFromArchive: an image that is made of an archive has the bytes of one that is made of the directory, also where the
+// dates are bounded.
+func TestInitFromArchive(t *testing.T) {
+	b := newBench(t)
+	b.writes = true
+	t.Setenv("TMPDIR", t.TempDir())
+	t.Setenv("TZ", "UTC")
+	tree(t, "tree", map[string]string{"loader/loader.conf": "timeout 3\n", "loader/entries/a.conf": "title A\nlinux /a/vmlinuz\n", "a/vmlinuz": strings.Repeat("kernel", 20_000)})
+	for _, epoch := range []string{"", "500000000"} {
+		t.Setenv("SOURCE_DATE_EPOCH", epoch)
+		images := map[string][]byte{}
+		for name, data := range map[string][]byte{"tree": nil, "x.tar": pack(t, "tree", "tar"), "x.cpio.gz": fixtures.Gzip(t, pack(t, "tree", "cpio"))} {
+			if data != nil {
+				put(t, name, data)
+			}
+			b.run("init", "-q", "--no-set", "--primary", name, "--seed", "one", "--size", "8M", name+".img").want(0)
+			var err error
+			if images[name], err = os.ReadFile(name + ".img"); err != nil {
+				t.Fatal(err)
+			}
+			os.Remove(name + ".img")
+		}
+		// Without a bound the state says when it was made.
+		for name, image := range images {
+			if epoch != "" && !bytes.Equal(image, images["tree"]) {
+				t.Errorf("the image that was made of %s is another one than that of the directory", name)
+			}
+		}
+	}
+}
+
 func TestArchiveRefused(t *testing.T) {
 	b := newBench(t)
 	makeFixture(t, smallVolume, "b.img")
@@ -135,7 +152,7 @@ func TestArchiveRefused(t *testing.T) {
 	whole := pack(t, "tree", "tar")
 	put(t, "x.tar", whole)
 	put(t, "cut.tar", whole[:len(whole)-1024])
-	put(t, "cut.tar.gz", compressed(t, whole)[:200])
+	put(t, "cut.tar.gz", fixtures.Gzip(t, whole)[:200])
 	put(t, "x.tar.xz", []byte("\xFD7zXZ\x00 and so on"))
 	other := func(files map[string]string) []byte {
 		dir := t.TempDir()

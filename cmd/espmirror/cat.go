@@ -8,6 +8,8 @@ import (
 	"strings"
 
 	"github.com/urfave/cli/v2"
+
+	"espmirror/replicate"
 )
 
 func (inv *invocation) catCommand() *cli.Command {
@@ -52,19 +54,6 @@ func copyFile(ctx context.Context, w io.Writer, tree fs.FS, p string) error {
 	}
 	defer f.Close()
 	// The buffer is ours: with os.File's own ReadFrom nobody would look at ctx.
-	_, err = io.CopyBuffer(struct{ io.Writer }{w}, &ctxReader{ctx, f}, make([]byte, 1<<20))
+	_, err = io.CopyBuffer(struct{ io.Writer }{w}, replicate.ContextReader(ctx, f), make([]byte, 1<<20))
 	return err
-}
-
-// ctxReader ends a copy when the run is interrupted.
-type ctxReader struct {
-	ctx context.Context
-	r   io.Reader
-}
-
-func (r *ctxReader) Read(p []byte) (int, error) {
-	if err := r.ctx.Err(); err != nil {
-		return 0, err
-	}
-	return r.r.Read(p)
 }

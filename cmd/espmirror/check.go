@@ -76,7 +76,7 @@ func (inv *invocation) checkOne(name string, among []string) (*checkedVolume, er
 	c.BadClusters, c.LostClusters = r.BadClusters, r.LostClusters
 	damage := 0
 	for _, f := range r.Findings {
-		fr := findingReport{Severity: f.Severity.String(), Path: f.Path, Cluster: uint32(f.Cluster), Message: f.Msg, text: f.String()}
+		fr := findingReport{Severity: f.Severity.String(), Path: f.Path, Cluster: f.Cluster, Message: f.Msg, text: f.String()}
 		if f.Off >= 0 {
 			off := f.Off
 			fr.Off = &off

@@ -215,6 +215,10 @@ func (x *extractor) create(p string, info fs.FileInfo) error {
 	at := p
 	if x.overwrite {
 		at = path.Join(path.Dir(p), ".espmirror-extract.tmp")
+		// The volume may have a file of that name, which has been extracted or will be.
+		for _, err := fs.Stat(x.tree, at); err == nil; _, err = fs.Stat(x.tree, at) {
+			at += "~"
+		}
 		if err := x.root.Remove(at); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}

@@ -42,7 +42,7 @@ func (inv *invocation) initCommand() *cli.Command {
 			"Of several targets none is written to before all are planned, and the primary is read once for all of them. With\n" +
 			"--seed TEXT each of them has the seed TEXT/NAME, by the last part of its name: `--seed TEXT/b.img b.img` makes the\n" +
 			"same image by itself, as long as it joins no set.",
-		Flags: append(append([]cli.Flag{
+		Flags: append(append(append([]cli.Flag{
 			&cli.GenericFlag{Name: "primary", Value: &once{}, Usage: "replicate from this `VOLUME` or directory (default: $SYSTEMD_ESP_PATH, else the ESP that was booted)"},
 		}, selectFlags()...),
 			&cli.GenericFlag{Name: "size", Value: &once{}, Usage: "make a new image file of `SIZE` (4G)"},
@@ -60,7 +60,7 @@ func (inv *invocation) initCommand() *cli.Command {
 			&cli.BoolFlag{Name: "no-set", Usage: "do not add it to the primary's replica set", DisableDefaultText: true},
 			&cli.BoolFlag{Name: "force", Usage: "overwrite what was found there; never what is in use, and no partition of a GPT without --new-table", DisableDefaultText: true},
 			&cli.BoolFlag{Name: "dry-run", Aliases: []string{"n"}, Usage: "print what would be made, and write nothing", DisableDefaultText: true},
-			registerFlags()[0], jobsFlag(fmt.Sprintf("all of them; %d where there are image files", imageJobs)), noProgressFlag()),
+			registerFlags()[0], jobsFlag(fmt.Sprintf("all of them; %d where there are image files", imageJobs)), noProgressFlag()), manifestFlags()...),
 		Action: inv.action(1, -1, "name a disk, partition or image", inv.init),
 	}
 }

@@ -474,6 +474,22 @@ func TestInitMany(t *testing.T) {
 	}
 	b.run("verify", "--primary", "primary.img", "--target", "a.img", "--target", "sub/b.img", "--target", "c.img", "--target", "d.img").want(0)
 	want := read()
+	b.run(append(append(slices.Clone(args), "-q", "--manifest", "fleet.json"), names...)...).want(0)
+	b.run(append([]string{"verify", "--manifest", "fleet.json"}, names...)...).want(0).has("in sync")
+	if r := b.run("sync", "-q", "--primary", "primary.img", "--target", "a.img", "--target", "c.img", "--target", "d.img", "--target", "sub/b.img", "--manifest", "-").want(0); r.stdout != string(readFile(t, "fleet.json")) {
+		t.Errorf("two manifests of the same images differ: %s", r.stdout)
+	}
+	b.run("init", "-q", "--primary", "primary.img", "--no-set", "--size", "24M", "--manifest", "fleet.json", "primary.img").want(exitRefused)
+	b.run("init", "--primary", "primary.img", "--no-set", "--size", "24M", "--sign", "key.pem", "e.img").want(exitUsage)
+	b.run("init", "--primary", "primary.img", "--no-set", "--size", "24M", "--manifest", "fleet.json", "--sign", "key.pem", "e.img").want(exitFailed)
+	b.run("init", "--primary", "primary.img", "--no-set", "--size", "24M", "--manifest", "primary.img", "e.img").want(exitRefused)
+	b.run("init", "-n", "--primary", "primary.img", "--no-set", "--size", "24M", "--manifest", "new.json", "e.img").want(0)
+	for _, name := range []string{"e.img", "new.json"} {
+		if _, err := os.Stat(name); err == nil {
+			t.Errorf("there is %s", name)
+		}
+	}
+	same("with a manifest", want)
 	b.run(append(append(slices.Clone(args), "-q", "--jobs", "1"), names...)...).want(0)
 	same("one at a time", want)
 	b.run(append(slices.Clone(args), "--jobs", "2", "d.img", "c.img", "sub/b.img", "a.img")...).want(0).has("d.img@@p1", "a.img@@p1")

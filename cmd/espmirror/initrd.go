@@ -13,7 +13,7 @@ import (
 )
 
 // forInitrd says that this is the program for an initramfs. It leaves out what nobody does there, because of its size: the commands
-// that change a set or make volumes, copies into directories, metrics, boot entries of the firmware, and as sources archives and exFAT volumes. It takes
+// that change a set or make volumes, copies into directories, metrics, manifests, boot entries of the firmware, and as sources archives and exFAT volumes. It takes
 // no file for one of them, so that what is named is refused as what it is not.
 const forInitrd = true
 
@@ -81,3 +81,21 @@ func (inv *invocation) addEntries(*statusReport)               {}
 func (r *statusReport) entryColumn(*table)                     {}
 
 func (c *checkedVolume) checkExFAT(*volume) error { return errNotInInitrd }
+
+// No manifests are written or compared.
+
+func manifestFlags() []cli.Flag { return nil }
+
+func (inv *invocation) thenManifest(_ *members, _ bool, run func() (report, error)) (report, error) {
+	return run()
+}
+
+const (
+	maxVerifyArgs = 0 // how many arguments `verify` takes
+	verifyUsage   = "espmirror verify [OPTIONS] [--primary VOLUME] [--target VOLUME]..."
+	verifyText    = "Nothing is written."
+)
+
+func verifyFlags() []cli.Flag { return nil }
+
+func (inv *invocation) verifyManifest() (report, error) { return nil, nil }

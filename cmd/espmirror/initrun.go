@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"slices"
@@ -22,9 +23,10 @@ import (
 // initRun is one run of init: some targets, which are planned one by one and filled together.
 type initRun struct {
 	inv   *invocation
-	o     *initOptions  // of all targets
-	m     *members      // the primary
-	reg   *registration // nil without --register
+	o     *initOptions    // of all targets
+	m     *members        // the primary
+	reg   *registration   // nil without --register
+	out   *manifestOutput // nil without --manifest
 	plans []*initPlan
 }
 
@@ -44,6 +46,9 @@ func (inv *invocation) init() (report, error) {
 		return nil, err
 	}
 	targets, err := r.find()
+	if err == nil {
+		r.out, err = inv.newManifest(inv.c.Args().Slice())
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -57,7 +62,7 @@ func (inv *invocation) init() (report, error) {
 	if err := r.plan(targets); err != nil {
 		return nil, err
 	}
-	rep := &initReport{Command: initVerb, DryRun: o.dry, Primary: m.primary.name, quiet: inv.quiet}
+	rep := &initReport{Command: initVerb, DryRun: o.dry, Primary: m.primary.name, quiet: inv.quiet} // --manifest=- is quiet
 	rep.fill(r.plans)
 	if o.dry {
 		return rep, nil
@@ -88,7 +93,14 @@ func (inv *invocation) init() (report, error) {
 		}
 	}
 	rep.fill(r.plans)
-	return rep, r.failure(joined)
+	err = r.failure(joined)
+	switch {
+	case err == nil:
+		err = r.out.write(inv.c.Args().Slice())
+	case r.out != nil:
+		inv.log.Warn("no manifest was written, as not all went well", "file", r.out.file)
+	}
+	return rep, err
 }
 
 // find finds out what the targets are. Nothing is written.
@@ -416,7 +428,8 @@ func (r *initRun) carryOut() error {
 	})
 	living := slices.DeleteFunc(slices.Clone(all), func(x *making) bool { return x.err != nil })
 	bar := r.inv.startProgress()
-	errs, err := fill(r.inv, r.m, living, replicate.Options{Random: r.random("fill"), Log: r.inv.engineLog(false), Progress: bar.callback()})
+	errs, err := fill(r.inv, r.m, living, replicate.Options{Random: r.random("fill"), Progress: bar.callback(),
+		Log: slog.New(stepwise{r.inv.log.Handler(), ""})})
 	bar.stop()
 	for i, x := range living {
 		if x.fail(errs[i]); x.err == nil {

@@ -92,30 +92,36 @@ func (h *logHandler) WithGroup(name string) slog.Handler {
 	return &c
 }
 
-// pretending is a handler for dry runs, in which nothing happens: what is told of as done is for those who want each step.
-type pretending struct{ slog.Handler }
+// stepwise is a handler for what is only told to those who want each step: all of a dry run, in which nothing happens, and the
+// parts of something that is new as a whole.
+type stepwise struct {
+	slog.Handler
+	prefix string
+}
 
 // Enabled implements slog.Handler.
-func (h pretending) Enabled(ctx context.Context, l slog.Level) bool {
-	return h.Handler.Enabled(ctx, pretendLevel(l))
+func (h stepwise) Enabled(ctx context.Context, l slog.Level) bool {
+	return h.Handler.Enabled(ctx, stepLevel(l))
 }
 
 // Handle implements slog.Handler.
-func (h pretending) Handle(ctx context.Context, r slog.Record) error {
+func (h stepwise) Handle(ctx context.Context, r slog.Record) error {
 	r = r.Clone()
-	r.Level, r.Message = pretendLevel(r.Level), "dry run: "+r.Message
+	r.Level, r.Message = stepLevel(r.Level), h.prefix+r.Message
 	return h.Handler.Handle(ctx, r)
 }
 
 // WithAttrs implements slog.Handler.
-func (h pretending) WithAttrs(attrs []slog.Attr) slog.Handler {
-	return pretending{h.Handler.WithAttrs(attrs)}
+func (h stepwise) WithAttrs(attrs []slog.Attr) slog.Handler {
+	return stepwise{h.Handler.WithAttrs(attrs), h.prefix}
 }
 
 // WithGroup implements slog.Handler.
-func (h pretending) WithGroup(name string) slog.Handler { return pretending{h.Handler.WithGroup(name)} }
+func (h stepwise) WithGroup(name string) slog.Handler {
+	return stepwise{h.Handler.WithGroup(name), h.prefix}
+}
 
-func pretendLevel(l slog.Level) slog.Level {
+func stepLevel(l slog.Level) slog.Level {
 	if l >= slog.LevelInfo && l < slog.LevelWarn {
 		return slog.LevelDebug
 	}
@@ -125,7 +131,7 @@ func pretendLevel(l slog.Level) slog.Level {
 // engineLog is the log that package replicate gets.
 func (inv *invocation) engineLog(dryRun bool) *slog.Logger {
 	if dryRun {
-		return slog.New(pretending{inv.log.Handler()})
+		return slog.New(stepwise{inv.log.Handler(), "dry run: "})
 	}
 	return inv.log
 }

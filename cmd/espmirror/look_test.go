@@ -274,3 +274,26 @@ func fat2(d []byte) int {
 	reserved, size := int(d[14])|int(d[15])<<8, int(d[22])|int(d[23])<<8
 	return (reserved + size) * 512
 }
+
+// TestExtractTemporaryName: a file of the volume that has the name of extract's own temporary file is one like any other.
+func TestExtractTemporaryName(t *testing.T) {
+	b := newBench(t)
+	files := fixtures.TreeSpec{}
+	for _, name := range []string{".espmirror-extract.tmp", ".Espmirror-Extract.tmp~", "a", "z"} {
+		files["EFI/"+name] = fixtures.Text("content of " + name)
+	}
+	v := smallVolume
+	v.Tree = files
+	makeFixture(t, v, "v.img")
+	for range 2 {
+		b.run("extract", "--overwrite", "--to", "out", "v.img").want(0)
+		for p := range files {
+			if got, err := os.ReadFile(filepath.Join("out", p)); err != nil || string(got) != "content of "+filepath.Base(p) {
+				t.Errorf("%s: %q, %v", p, got, err)
+			}
+		}
+		if all, err := os.ReadDir("out/EFI"); err != nil || len(all) != len(files) {
+			t.Errorf("%v, %v", all, err)
+		}
+	}
+}

@@ -14,7 +14,7 @@ import (
 )
 
 func (inv *invocation) syncCommand() *cli.Command {
-	return &cli.Command{
+	c := &cli.Command{
 		Name:  "sync",
 		Usage: "make the selected files of each target those of the primary",
 		UsageText: "espmirror sync [OPTIONS]\n" +
@@ -33,6 +33,10 @@ func (inv *invocation) syncCommand() *cli.Command {
 			jobsFlag("all of them"), noProgressFlag()),
 		Action: inv.action(0, 0, "name the volumes with --primary and --target", inv.sync),
 	}
+	if !forInitrd {
+		c.Flags = append(c.Flags, manifestFlags()...)
+	}
+	return c
 }
 
 func (inv *invocation) sync() (report, error) {
@@ -76,6 +80,9 @@ func (inv *invocation) sync() (report, error) {
 	m, err := inv.newMembers("sync")
 	if err != nil {
 		return nil, err
+	}
+	if !forInitrd {
+		return inv.thenManifest(m, dryRun, func() (report, error) { return inv.replicate(m, o, run, !dryRun) })
 	}
 	return inv.replicate(m, o, run, !o.DryRun)
 }

@@ -20,16 +20,17 @@ func safe(s string) string {
 		return s
 	}
 	var sb strings.Builder
-	for i, w := 0, 0; i < len(s); i += w {
-		var r rune
-		if r, w = utf8.DecodeRuneInString(s[i:]); r == utf8.RuneError && w == 1 {
-			fmt.Fprintf(&sb, `\x%02x`, s[i])
+	for len(s) > 0 {
+		r, w := utf8.DecodeRuneInString(s)
+		if r == utf8.RuneError && w == 1 {
+			fmt.Fprintf(&sb, `\x%02x`, s[0])
 		} else if unicode.IsPrint(r) {
 			sb.WriteRune(r)
 		} else {
 			q := strconv.QuoteRuneToASCII(r)
 			sb.WriteString(q[1 : len(q)-1])
 		}
+		s = s[w:]
 	}
 	return sb.String()
 }

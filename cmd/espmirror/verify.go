@@ -12,17 +12,26 @@ import (
 type engineRun = func(context.Context, []replicate.Job) ([][]replicate.Result, error)
 
 func (inv *invocation) verifyCommand() *cli.Command {
-	return &cli.Command{
+	c := &cli.Command{
 		Name:        "verify",
 		Usage:       "read every selected byte of primary and targets, and tell the differences",
-		UsageText:   "espmirror verify [OPTIONS] [--primary VOLUME] [--target VOLUME]...",
-		Description: "Nothing is written.",
+		UsageText:   verifyUsage,
+		Description: verifyText,
 		Flags:       append(append(setFlags(), selectFlags()...), noProgressFlag()),
-		Action:      inv.action(0, 0, "name the volumes with --primary and --target", inv.verify),
+		Action:      inv.action(0, maxVerifyArgs, "name the volumes with --primary and --target", inv.verify),
 	}
+	if !forInitrd {
+		c.Flags = append(c.Flags, verifyFlags()...)
+	}
+	return c
 }
 
 func (inv *invocation) verify() (report, error) {
+	if !forInitrd {
+		if rep, err := inv.verifyManifest(); rep != nil || err != nil {
+			return rep, err
+		}
+	}
 	m, err := inv.newMembers("verify")
 	if err != nil {
 		return nil, err

@@ -1,126 +1,47 @@
 package exfat
 
 import (
-	"espmirror/fatdriver/internal/iofs"
-	"fmt"
+	"io"
 	"io/fs"
 	"slices"
 	"strings"
 	"time"
+
+	"espmirror/fatdriver/internal/iofs"
 )
 
-// FS returns the tree as an io/fs file system, which also implements fs.ReadDirFS and fs.StatFS; its files are
-// io.ReaderAt and io.Seeker. Names are found without regard to case, by the volume's up-case table. FileInfo.Sys gives the
-// *Node.
+// FS returns the tree as an io/fs file system, which also implements fs.ReadDirFS and fs.StatFS; its files
+// are io.ReaderAt and io.Seeker. Names are found without regard to case, by the volume's up-case table. FileInfo.Sys gives
+// the *Node.
 //
 // io/fs allows only UTF-8 in names, so unpaired surrogates appear as U+FFFD there. A file or directory that is damaged
 // is listed; to read it is an error that wraps ErrDamaged. Of two entries with one name only the first is there.
 //
 // The result is safe for concurrent use.
 func (t *Tree) FS() fs.FS {
-	f := &treeFS{tree: t, dirs: map[*Node]*fsDir{}}
-	f.index(t.Root)
+	f := &treeFS{Root: t.Root, Dirs: map[iofs.Node]*iofs.Index{}, Read: func(n iofs.Node) (*io.SectionReader, error) { return t.Open(n.(*Node)) }, Damaged: ErrDamaged,
+		Fold: func(name string) string { return t.up.fold(units(name)) }, Info: func(n iofs.Node) iofs.Info { return infoOf(n.(*Node)) }}
+	indexDir(f, t.Root)
 	return f
 }
 
-// treeFS is a Tree as an fs.FS. The index is complete before the first use, so that no lock is needed.
-type treeFS struct {
-	tree *Tree
-	dirs map[*Node]*fsDir
-}
+type treeFS = iofs.FS
 
-// fsDir is the index of one directory.
-type fsDir struct {
-	list  []fs.DirEntry // sorted by name
-	names map[string]*Node
-}
-
-func (f *treeFS) index(dir *Node) {
-	d := &fsDir{names: make(map[string]*Node, len(dir.Children))}
-	f.dirs[dir] = d
+func indexDir(f *treeFS, dir *Node) {
+	d := &iofs.Index{Names: make(map[string]iofs.Node, len(dir.Children))}
+	f.Dirs[dir] = d
 	for _, n := range dir.Children {
 		i := infoOf(n)
 		// What io/fs cannot name, a slash among it, is damage that Findings tell of.
-		if k := f.fold(i.name); d.names[k] == nil && fs.ValidPath(i.name) && i.name != "." && !strings.Contains(i.name, "/") {
-			d.names[k] = n
-			d.list = append(d.list, i)
+		if k := f.Fold(i.name); d.Names[k] == nil && fs.ValidPath(i.name) && i.name != "." && !strings.Contains(i.name, "/") {
+			d.Names[k] = n
+			d.List = append(d.List, i)
 		}
 		if n.IsDir() {
-			f.index(n)
+			indexDir(f, n)
 		}
 	}
-	slices.SortFunc(d.list, func(a, b fs.DirEntry) int { return strings.Compare(a.Name(), b.Name()) })
-}
-
-func (f *treeFS) fold(name string) string { return f.tree.up.fold(units(name)) }
-
-func (f *treeFS) find(op, name string) (*Node, error) {
-	if !fs.ValidPath(name) {
-		return nil, &fs.PathError{Op: op, Path: name, Err: fs.ErrInvalid}
-	}
-	n := f.tree.Root
-	if name == "." {
-		return n, nil
-	}
-	for part := range strings.SplitSeq(name, "/") {
-		var next *Node
-		if d := f.dirs[n]; d != nil {
-			next = d.names[f.fold(part)]
-		}
-		switch {
-		case next == nil && n.err != nil:
-			return nil, damagedPath(op, name, n) // the entry may well be there
-		case next == nil:
-			return nil, &fs.PathError{Op: op, Path: name, Err: fs.ErrNotExist}
-		}
-		n = next
-	}
-	return n, nil
-}
-
-func damagedPath(op, name string, n *Node) error {
-	return &fs.PathError{Op: op, Path: name, Err: fmt.Errorf("%w: /%s: %w", ErrDamaged, n.Path(), n.err)}
-}
-
-// Open implements fs.FS.
-func (f *treeFS) Open(name string) (fs.File, error) {
-	n, err := f.find("open", name)
-	switch {
-	case err != nil:
-		return nil, err
-	case n.err != nil:
-		return nil, damagedPath("open", name, n)
-	case n.IsDir():
-		return iofs.NewDir(name, infoOf(n), f.dirs[n].list), nil
-	}
-	r, err := f.tree.Open(n)
-	if err != nil {
-		return nil, &fs.PathError{Op: "open", Path: name, Err: err}
-	}
-	return iofs.NewFile(name, infoOf(n), r), nil
-}
-
-// ReadDir implements fs.ReadDirFS.
-func (f *treeFS) ReadDir(name string) ([]fs.DirEntry, error) {
-	n, err := f.find("readdir", name)
-	switch {
-	case err != nil:
-		return nil, err
-	case !n.IsDir():
-		return nil, &fs.PathError{Op: "readdir", Path: name, Err: iofs.ErrNotDir}
-	case n.err != nil:
-		return nil, damagedPath("readdir", name, n)
-	}
-	return slices.Clone(f.dirs[n].list), nil
-}
-
-// Stat implements fs.StatFS.
-func (f *treeFS) Stat(name string) (fs.FileInfo, error) {
-	n, err := f.find("stat", name)
-	if err != nil {
-		return nil, err
-	}
-	return infoOf(n), nil
+	slices.SortFunc(d.List, func(a, b fs.DirEntry) int { return strings.Compare(a.Name(), b.Name()) })
 }
 
 // fileInfo is both the fs.FileInfo and the fs.DirEntry of a node.

@@ -159,44 +159,23 @@ func TestHostile(t *testing.T) {
 // The worst that some MiB can hold: nothing but entries of empty files, of directories, or of what is not known.
 func TestHostileBudget(t *testing.T) {
 	const size = 4 << 20
-	for name, fill := range map[string]func(heap []byte, b []byte){
-		"files": func(dir, b []byte) {
+	nothingBut := func(entry byte) func(dir []byte) {
+		return func(dir []byte) {
+			for i := range dir {
+				dir[i] = entry
+			}
+		}
+	}
+	for name, fill := range map[string]func(dir []byte){
+		"files": func(dir []byte) {
 			w := &writer{}
 			for i := 0; i+96 <= len(dir); i += 96 {
 				u := []uint16{uint16('a' + i%26), uint16(0x100 + i/96%50_000), uint16('a' + i/9999)}
 				copy(dir[i:], w.set(&want{units: u}, nil, 0, 0))
 			}
 		},
-		"findings": func(dir, b []byte) {
-			for i := range dir {
-				dir[i] = 0xC0
-			}
-		},
-		"critical": func(dir, b []byte) {
-			for i := range dir {
-				dir[i] = 0x9F
-			}
-		},
-		"deleted": func(dir, b []byte) {
-			for i := range dir {
-				dir[i] = 0x05
-			}
-		},
-		"benign": func(dir, b []byte) {
-			for i := range dir {
-				dir[i] = 0xBF
-			}
-		},
-		"labels": func(dir, b []byte) {
-			for i := range dir {
-				dir[i] = 0x83
-			}
-		},
-		"bitmaps": func(dir, b []byte) {
-			for i := range dir {
-				dir[i] = 0x81
-			}
-		},
+		"findings": nothingBut(0xC0), "critical": nothingBut(0x9F), "deleted": nothingBut(0x05), "benign": nothingBut(0xBF),
+		"labels": nothingBut(0x83), "bitmaps": nothingBut(0x81),
 	} {
 		dev := writeVolume(t, layout{size: size, sectorShift: 9, clusShift: 0})
 		b := image(t, dev)
@@ -209,7 +188,7 @@ func TestHostileBudget(t *testing.T) {
 		le.PutUint32(fat[4*(count+1):], endOfChain)
 		entries := bytes.Clone(heap[(root-2)*512:][:96])
 		dir := heap[(root-2)*512 : (count)*512]
-		fill(dir[96:], b)
+		fill(dir[96:])
 		copy(dir, entries)
 		for i := range heap[:count/8] {
 			heap[i] = 0xFF

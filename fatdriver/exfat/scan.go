@@ -6,42 +6,25 @@ import (
 	"io"
 	"math"
 	"slices"
-	"strings"
 	"time"
+
+	"espmirror/fatdriver/internal/tree"
 )
 
 // Severity says what a finding means for somebody who wants to use the volume.
-type Severity int
+type Severity = tree.Severity
 
 const (
 	// Note is something unusual that nobody has to mend.
-	Note Severity = iota
+	Note = tree.Note
 	// Warning is something that fsck.exfat would mend and that harms no reader.
-	Warning
+	Warning = tree.Warning
 	// Damage is something that makes readers disagree or fail. A volume with damage is no source.
-	Damage
+	Damage = tree.Damage
 )
 
-func (s Severity) String() string { return [...]string{"note", "warning", "damage"}[s] }
-
-// Finding is one thing that is wrong with a volume, and where.
-type Finding struct {
-	Severity Severity
-	Path     string // the file or directory, "/" and below; "" when it concerns the volume
-	Off      int64  // byte offset on the volume, -1 when a path says more
-	Msg      string
-}
-
-func (f Finding) String() string {
-	var sb strings.Builder
-	if f.Path != "" {
-		fmt.Fprintf(&sb, "%s: ", f.Path)
-	}
-	if f.Off >= 0 {
-		fmt.Fprintf(&sb, "offset 0x%x: ", f.Off)
-	}
-	return sb.String() + f.Msg
-}
+// Finding is one thing that is wrong with a volume, and where; it never names a cluster.
+type Finding = tree.Finding
 
 // Node is a file or directory of a scanned volume.
 type Node struct {
@@ -116,32 +99,14 @@ type Tree struct {
 func (t *Tree) Volume() *Volume { return t.vol }
 
 // Damage returns ErrDamaged with the first finding of that severity, or nil.
-func (t *Tree) Damage() error {
-	n := 0
-	var first Finding
-	for _, f := range t.Findings {
-		if f.Severity == Damage {
-			if n == 0 {
-				first = f
-			}
-			n++
-		}
-	}
-	switch n {
-	case 0:
-		return nil
-	case 1:
-		return fmt.Errorf("%w: %v", ErrDamaged, first)
-	}
-	return fmt.Errorf("%w: %v (and %d more findings)", ErrDamaged, first, n-1)
-}
+func (t *Tree) Damage() error { return tree.Damaged(t.Findings, ErrDamaged) }
 
 // Lookup finds a file or directory by its slash-separated path, without regard to case; nil when there is none.
 func (t *Tree) Lookup(path string) *Node {
 	n := t.Root
-	for _, name := range strings.FieldsFunc(path, func(r rune) bool { return r == '/' || r == '\\' }) {
+	for _, name := range tree.SplitPath(path) {
 		if n = n.Child(name); n == nil {
-			return nil
+			break
 		}
 	}
 	return n
@@ -180,9 +145,9 @@ const maxFindings = 10_000
 func (t *Tree) note(s Severity, path string, off int64, format string, a ...any) {
 	switch {
 	case len(t.Findings) < maxFindings:
-		t.Findings = append(t.Findings, Finding{s, path, off, fmt.Sprintf(format, a...)})
+		t.Findings = append(t.Findings, Finding{Severity: s, Path: path, Off: off, Msg: fmt.Sprintf(format, a...)})
 	case len(t.Findings) == maxFindings:
-		t.Findings = append(t.Findings, Finding{Damage, "", -1, "there are more findings than can be listed"})
+		t.Findings = append(t.Findings, Finding{Severity: Damage, Off: -1, Msg: "there are more findings than can be listed"})
 	}
 }
 

@@ -15,6 +15,7 @@
 //   - A later member replaces an earlier one of the same name, as it does when an archive is unpacked. Two directories of
 //     one name are one, with the time of the later. One name for a directory and for something else is an error.
 //   - A hard link has the content that its target has at that place in the archive.
+//   - Global pax headers do not apply; one that is about names or sizes is refused, with the archive.
 //   - Several cpio archives one behind the other, as in an initrd, are read as if unpacked one after the other.
 //
 // What FAT cannot hold is in the tree with an error, which counts when it is selected: symbolic links, devices, names with
@@ -332,7 +333,7 @@ func (s *source) unpack(ctx context.Context, r io.Reader, l Limits) (kind, error
 }
 
 func spool(ctx context.Context, r io.Reader, l Limits) (_ kind, _ *os.File, size int64, err error) {
-	in := bufio.NewReaderSize(&ctxReader{ctx, r}, 1<<16)
+	in := bufio.NewReaderSize(replicate.ContextReader(ctx, r), 1<<16)
 	head, err := in.Peek(headSize)
 	if err != nil && err != io.EOF {
 		return unknown, nil, 0, err
@@ -512,19 +513,6 @@ func eofInside(err error) error {
 		return io.ErrUnexpectedEOF
 	}
 	return err
-}
-
-// ctxReader ends a copy when the run is interrupted.
-type ctxReader struct {
-	ctx context.Context
-	r   io.Reader
-}
-
-func (r *ctxReader) Read(p []byte) (int, error) {
-	if err := r.ctx.Err(); err != nil {
-		return 0, err
-	}
-	return r.r.Read(p)
 }
 
 func (s *source) Name() string          { return s.name }

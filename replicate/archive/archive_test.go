@@ -3,7 +3,6 @@ package archive
 import (
 	"archive/tar"
 	"bytes"
-	"compress/gzip"
 	"context"
 	"errors"
 	"fmt"
@@ -104,19 +103,6 @@ func cpioOf(ms ...newc) []byte {
 
 func cpioFileOf(ino, nlink int, name, data string) newc {
 	return newc{ino: ino, nlink: nlink, mode: cpioFile | 0o644, name: name, data: data}
-}
-
-func gz(t testing.TB, data []byte) []byte {
-	t.Helper()
-	var buf bytes.Buffer
-	w := gzip.NewWriter(&buf)
-	if _, err := w.Write(data); err != nil {
-		t.Fatal(err)
-	}
-	if err := w.Close(); err != nil {
-		t.Fatal(err)
-	}
-	return buf.Bytes()
 }
 
 func zst(t testing.TB, data []byte) []byte {
@@ -399,8 +385,8 @@ func TestRow(t *testing.T) {
 		"close":      slices.Concat(first, second),
 		"zeros":      slices.Concat(first, zeros, second, zeros),
 		"odd zeros":  slices.Concat(first, make([]byte, 3), second),
-		"two gzips":  slices.Concat(gz(t, first), gz(t, second)),
-		"gzip zeros": slices.Concat(gz(t, first), make([]byte, 5), gz(t, second), zeros),
+		"two gzips":  slices.Concat(fixtures.Gzip(t, first), fixtures.Gzip(t, second)),
+		"gzip zeros": slices.Concat(fixtures.Gzip(t, first), make([]byte, 5), fixtures.Gzip(t, second), zeros),
 		"two zstds":  slices.Concat(zst(t, first), zst(t, second)),
 		"skippable":  slices.Concat([]byte("\x50\x2A\x4D\x18\x04\x00\x00\x00abcd"), zst(t, slices.Concat(first, second))),
 	} {
@@ -412,10 +398,10 @@ func TestRow(t *testing.T) {
 		want(t, got, tree)
 	}
 	for text, data := range map[string][]byte{
-		fmt.Sprintf("a compressed archive begins at offset 0x%x", len(first)):       slices.Concat(first, gz(t, second)),
+		fmt.Sprintf("a compressed archive begins at offset 0x%x", len(first)):       slices.Concat(first, fixtures.Gzip(t, second)),
 		fmt.Sprintf("what begins at offset 0x%x", len(first)+4):                     slices.Concat(first, make([]byte, 4), []byte("garbage")),
 		"without the end mark of a cpio archive, behind the member \"c\"":           slices.Concat(first, second[:bytes.Index(second, []byte("new"))+4]),
-		"something that is not gzip follows":                                        slices.Concat(gz(t, first), []byte("garbage")),
+		"something that is not gzip follows":                                        slices.Concat(fixtures.Gzip(t, first), []byte("garbage")),
 		"it ends at offset 0x" + fmt.Sprintf("%x", len(first)+50) + ", in a header": slices.Concat(first, second[:50]),
 	} {
 		_, err := openBoth(t, data, Limits{})
@@ -464,7 +450,7 @@ func TestRefused(t *testing.T) {
 	small := tarOf(t, file("a", "1"))
 	badSum := tarOf(t, file("first", "1"), file("second", "2"))
 	badSum[1024+7] ^= 1
-	gzBad := gz(t, small)
+	gzBad := fixtures.Gzip(t, small)
 	gzBad[len(gzBad)-6] ^= 1
 	zstBad := zst(t, small)
 	zstBad[len(zstBad)-2] ^= 1
@@ -486,6 +472,9 @@ func TestRefused(t *testing.T) {
 	multi := tarOf(t, file("a", "1"))
 	multi[156] = 'M'
 	sumTar(multi)
+	globalSize := tarOf(t, file("g", "9 size=1\n"))[:2*blockSize]
+	globalSize[156] = 'g'
+	sumTar(globalSize)
 	for _, c := range []struct {
 		name string
 		data []byte
@@ -496,9 +485,9 @@ func TestRefused(t *testing.T) {
 		{"nothing", nil, Limits{}, ErrDamaged, "it is empty"},
 		{"text", []byte("hello"), Limits{}, ErrDamaged, "it is neither tar nor cpio"},
 		{"zeros", make([]byte, 10240), Limits{}, ErrDamaged, "it is neither tar nor cpio"},
-		{"text in gzip", gz(t, []byte("hello")), Limits{}, ErrDamaged, "what is compressed with gzip in it is neither tar nor cpio"},
+		{"text in gzip", fixtures.Gzip(t, []byte("hello")), Limits{}, ErrDamaged, "what is compressed with gzip in it is neither tar nor cpio"},
 		{"nothing in zstd", zst(t, nil), Limits{}, ErrDamaged, "what is compressed with zstd in it is empty"},
-		{"gzip in gzip", gz(t, gz(t, small)), Limits{}, ErrDamaged, "is neither tar nor cpio"},
+		{"gzip in gzip", fixtures.Gzip(t, fixtures.Gzip(t, small)), Limits{}, ErrDamaged, "is neither tar nor cpio"},
 		{"xz", []byte("\xFD7zXZ\x00 and so on"), Limits{}, ErrDamaged, "it is compressed with xz"},
 		{"zip", []byte("PK\x03\x04 and so on"), Limits{}, ErrDamaged, "it is a zip archive"},
 		{"leads out", tarOf(t, file("a", "1"), file("b/../../c", "2")), Limits{}, ErrDamaged, `the member "b/../../c" at offset 0x400 leads out of it`},
@@ -519,10 +508,15 @@ func TestRefused(t *testing.T) {
 		{"long link", tarOf(t, hardLink("l", strings.Repeat("n/", 2049))), Limits{}, ErrTooLarge, "links to a name of 4098 bytes"},
 		{"members", tarOf(t, file("a", "1"), file("b/c", "2"), file("d", "3")), Limits{Members: 3}, ErrTooLarge, "at offset 0x800 is more than its 3th"},
 		{"directories of one member", tarOf(t, file(strings.Repeat("d/", 100)+"f", "")), Limits{Members: 99}, ErrTooLarge, "more than its 99th"},
+		{"one member again and again", tarOf(t, file("a", "1"), file("a", "2"), file("a", "3"), file("a", "4")), Limits{Members: 3}, ErrTooLarge, "at offset 0xc00 is more than its 3th"},
+		{"the root again and again", cpioOf(newc{mode: cpioDir, name: "."}, newc{mode: cpioDir, name: "."}), Limits{Members: 1}, ErrTooLarge, "more than its 1th"},
+		{"links to nothing", tarOf(t, hardLink("l", strings.Repeat("n", 4000)), hardLink("m", strings.Repeat("n", 4000))), Limits{Names: 6000}, ErrTooLarge, "its names have more than 6000 bytes"},
+		{"links to links", tarOf(t, hardLink("a", "x"), hardLink("b", "a"), hardLink("c", "b"), hardLink("d", "c")), Limits{Names: 300}, ErrTooLarge, "its names have more than 300 bytes"},
+		{"global size", append(globalSize, tarOf(t, file("a", "12"))...), Limits{}, ErrDamaged, `the global header at offset 0x0 has "size"`},
 		{"sparse map", badMap, Limits{}, ErrDamaged, `the sparse member "sparse" at offset 0x0 is damaged: `},
 		{"holes", holes, Limits{Unpacked: 4096}, ErrTooLarge, `with the holes of the member "sparse" at offset 0x0`},
 		{"names", tarOf(t, file("abc", "1"), file("def", "2")), Limits{Names: 5}, ErrTooLarge, "its names have more than 5 bytes"},
-		{"bomb", gz(t, tarOf(t, file("a", strings.Repeat("0", 1<<20)))), Limits{Unpacked: 1 << 19}, ErrTooLarge, "unpacked it has more than 524288 bytes"},
+		{"bomb", fixtures.Gzip(t, tarOf(t, file("a", strings.Repeat("0", 1<<20)))), Limits{Unpacked: 1 << 19}, ErrTooLarge, "unpacked it has more than 524288 bytes"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			_, err := openBoth(t, c.data, c.l)
@@ -539,7 +533,7 @@ func TestRefused(t *testing.T) {
 		"members":  {tarOf(t, file("a", "1"), file("b/c", "2")), Limits{Members: 3}},
 		"holes":    {holes, Limits{Unpacked: 4097}},
 		"names":    {tarOf(t, file("abc", "1"), file("de", "2")), Limits{Names: 5}},
-		"bomb":     {gz(t, tarOf(t, file("a", strings.Repeat("0", 1<<19-2048)))), Limits{Unpacked: 1<<19 + 512}},
+		"bomb":     {fixtures.Gzip(t, tarOf(t, file("a", strings.Repeat("0", 1<<19-2048)))), Limits{Unpacked: 1<<19 + 512}},
 		"checksum": {cpioOf(newc{magic: "070702", mode: cpioFile, name: "b", data: "\x01\xff", check: 0x100}), Limits{}},
 		"NULs":     {bytes.Replace(cpioOf(cpioFileOf(1, 1, "abc", "")), []byte("abc\x00"), []byte("a\x00\x00\x00"), 1), Limits{}},
 	} {
@@ -585,7 +579,7 @@ func TestTruncated(t *testing.T) {
 		step  int
 	}{
 		{"tar", tarData, tarEnd, 512}, {"tar, odd", tarData, tarEnd, 509}, {"cpio", cpioData, cpioEnd, 512}, {"cpio, odd", cpioData, cpioEnd, 43},
-		{"gzip", gz(t, tarData), len(gz(t, tarData)), 3}, {"zstd", zst(t, tarData), len(zst(t, tarData)), 3},
+		{"gzip", fixtures.Gzip(t, tarData), len(fixtures.Gzip(t, tarData)), 3}, {"zstd", zst(t, tarData), len(zst(t, tarData)), 3},
 	} {
 		t.Setenv("TMPDIR", t.TempDir())
 		refused, taken := 0, 0
@@ -651,6 +645,67 @@ func checkAlloc(t *testing.T, name string, b []byte) {
 	}
 	if n := after.TotalAlloc - before.TotalAlloc; n > 8<<20 {
 		t.Errorf("%s: %d bytes allocated", name, n)
+	}
+}
+
+// TestNamesInMemory: what of a name is in memory is what counts for the limit, and not what the archive wrote around it.
+func TestNamesInMemory(t *testing.T) {
+	var hs []tar.Header
+	for i := range 4000 {
+		hs = append(hs, tar.Header{Typeflag: tar.TypeReg, Name: strings.Repeat("./", 2000) + fmt.Sprint(i)})
+	}
+	name := filepath.Join(t.TempDir(), "x")
+	if err := os.WriteFile(name, tarOf(t, hs...), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	var before, after runtime.MemStats
+	runtime.GC()
+	runtime.ReadMemStats(&before)
+	src, err := OpenFile(ctx, name, Limits{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer src.Close()
+	runtime.GC()
+	runtime.ReadMemStats(&after)
+	if n := int64(after.HeapAlloc) - int64(before.HeapAlloc); n > 8<<20 {
+		t.Errorf("%d bytes for %d names", n, len(hs))
+	}
+	runtime.KeepAlive(src)
+}
+
+// TestManyCases: a name can be written in as many ways as there are members, and directories among them can have as many
+// members each.
+func TestManyCases(t *testing.T) {
+	b := newBuilder(ctx, Limits{}.orDefault())
+	n := 1 << 14
+	cased := func(i int) string {
+		name := []byte("abcdefghijklmn")
+		for bit := range name {
+			name[bit] -= byte(i>>bit&1) * 32
+		}
+		return string(name)
+	}
+	for i := range n {
+		if err := b.add(cased(i), 0, &node{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for i := range n {
+		if err := b.add(fmt.Sprintf("dir/%s/%d", cased(i), i), 0, &node{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	start := time.Now()
+	root, _ := b.items()
+	if took := time.Since(start); took > 3*time.Second { // a tenth of a second, where it is not quadratic
+		t.Error(took)
+	}
+	if len(root.Children) != n+1 || root.Children[0].Err == nil || !strings.Contains(root.Children[0].Err.Error(), "FAT takes its name for that of") {
+		t.Error(len(root.Children), root.Children[0].Err)
+	}
+	if dir := root.Children[n]; len(dir.Children[0].Children) != n || dir.Children[n-1].Err == nil {
+		t.Error(len(dir.Children[0].Children))
 	}
 }
 
@@ -883,7 +938,7 @@ func TestIs(t *testing.T) {
 		data []byte
 		is   bool
 	}{
-		"tar": {tarOf(t, file("a", "1")), true}, "v7": {v7, true}, "cpio": {cpioOf(), true}, "gz": {gz(t, nil), true}, "zst": {zst(t, nil), true},
+		"tar": {tarOf(t, file("a", "1")), true}, "v7": {v7, true}, "cpio": {cpioOf(), true}, "gz": {fixtures.Gzip(t, nil), true}, "zst": {zst(t, nil), true},
 		"xz": {[]byte("\xFD7zXZ\x00"), true}, "empty": {nil, false}, "zeros": {make([]byte, 4096), false}, "boot sector": {boot, false},
 		"text": {[]byte("0707 is how it begins"), false},
 	} {

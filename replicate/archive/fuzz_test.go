@@ -3,10 +3,12 @@ package archive
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"io"
 	"strings"
 	"testing"
 
+	"espmirror/fixtures"
 	"espmirror/replicate"
 )
 
@@ -39,9 +41,9 @@ func FuzzCPIO(f *testing.F) {
 // FuzzStream opens what may be compressed.
 func FuzzStream(f *testing.F) {
 	small := tarOf(f, file("a", "1"))
-	f.Add(gz(f, small))
+	f.Add(fixtures.Gzip(f, small))
 	f.Add(zst(f, small))
-	f.Add(append(gz(f, cpioOf(cpioFileOf(1, 1, "a", "1"))), 0, 0, 0, 0))
+	f.Add(append(fixtures.Gzip(f, cpioOf(cpioFileOf(1, 1, "a", "1"))), 0, 0, 0, 0))
 	f.Fuzz(checkOpen)
 }
 
@@ -99,8 +101,10 @@ func oldSparse() []byte {
 }
 
 // paxSparse is one of the pax format 1.0: the map is in front of the data.
-func paxSparse(t testing.TB) []byte {
-	records := "22 GNU.sparse.major=1\n" + "22 GNU.sparse.minor=0\n" + "26 GNU.sparse.name=sparse\n" + "28 GNU.sparse.realsize=1024\n"
+func paxSparse(t testing.TB) []byte { return paxSparseOf(t, 1) }
+
+func paxSparseOf(t testing.TB, major int) []byte {
+	records := fmt.Sprintf("22 GNU.sparse.major=%d\n", major) + "22 GNU.sparse.minor=0\n" + "26 GNU.sparse.name=sparse\n" + "28 GNU.sparse.realsize=1024\n"
 	x := tarOf(t, file("PaxHeaders.0/sparse", records))
 	x = x[:2*blockSize]
 	x[156] = 'x'
@@ -108,6 +112,19 @@ func paxSparse(t testing.TB) []byte {
 	data := make([]byte, blockSize)
 	copy(data, "1\n512\n5\n")
 	return append(x, tarOf(t, file("GNUSparseFile.0/sparse", string(data)+"piece"))...)
+}
+
+// TestSparseVersion: the map of a version that nobody knows is not taken for a part of the file.
+func TestSparseVersion(t *testing.T) {
+	got, err := openBoth(t, paxSparseOf(t, 2), Limits{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, text := range got {
+		if !strings.HasPrefix(text, "error: ") && text != "dir" || strings.HasPrefix(text, "error: ") && !strings.Contains(text, `unknown version "2.0"`) {
+			t.Errorf("%q: %q", name, text)
+		}
+	}
 }
 
 // TestSparse reads the files with holes that the fuzzer starts from.

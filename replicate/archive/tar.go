@@ -138,8 +138,17 @@ func (b *builder) addTar(h *tar.Header, off, data, end int64) error {
 	n := &node{mode: fs.FileMode(h.Mode) & 0o777, mtime: h.ModTime}
 	switch h.Typeflag {
 	case tar.TypeXGlobalHeader, typeVolume:
+		for k := range h.PAXRecords {
+			// archive/tar does not apply them. Other records say nothing about the bytes of files.
+			if k == "path" || k == "linkpath" || k == "size" || strings.HasPrefix(k, "GNU.sparse.") {
+				return fmt.Errorf("%w: the global header at offset 0x%x has %q for all members behind it, which is not read", ErrDamaged, off, k)
+			}
+		}
 		return b.count(off) // no member, but an archive of nothing else must end as well
 	case tar.TypeReg, tar.TypeCont, tar.TypeGNUSparse:
+		if v := sparseVersion(h); v != "" {
+			return b.add(h.Name, off, &node{err: fmt.Errorf("cannot replicate %s: it is a sparse file of the unknown version %s", shown(h.Name), v)})
+		}
 		c := &content{off: data, size: h.Size}
 		if isSparse(h) {
 			c.off, c.sparse = off, true
@@ -157,6 +166,9 @@ func (b *builder) addTar(h *tar.Header, off, data, end int64) error {
 			return fmt.Errorf("%w: the member %q at offset 0x%x links to a name of %d bytes, at most %d are read", ErrTooLarge, shown(h.Name), off, len(h.Linkname), maxName)
 		}
 		if b.link(n, h.Name, h.Linkname); n.err != nil {
+			if err := b.keep(n.err.Error()); err != nil {
+				return err
+			}
 			break
 		}
 		if t := b.find(h.Linkname); t != nil {
@@ -197,6 +209,18 @@ func isSparse(h *tar.Header) bool {
 	return false
 }
 
+// sparseVersion is the version of a pax sparse file that archive/tar takes for any other file, whose map would be among its
+// data; "" when there is none.
+func sparseVersion(h *tar.Header) string {
+	major, minor := h.PAXRecords["GNU.sparse.major"], h.PAXRecords["GNU.sparse.minor"]
+	switch v := major + "." + minor; v {
+	case ".", "0.0", "0.1", "1.0":
+		return ""
+	default:
+		return fmt.Sprintf("%.20q", v)
+	}
+}
+
 // checkSparse reads a sparse member to its end: whether the map of its pieces fits what is in the archive shows only then,
 // and must show before anything is written. As holes take no room in an archive, what they make of it is bounded like
 // what is unpacked.
@@ -204,7 +228,7 @@ func (b *builder) checkSparse(tr *tar.Reader, h *tar.Header, off int64) error {
 	if b.sparse += h.Size; b.sparse > b.limits.Unpacked {
 		return fmt.Errorf("%w: with the holes of the member %q at offset 0x%x its sparse files have more than %d bytes", ErrTooLarge, shown(h.Name), off, b.limits.Unpacked)
 	}
-	_, err := io.Copy(io.Discard, &ctxReader{b.ctx, tr})
+	_, err := io.Copy(io.Discard, replicate.ContextReader(b.ctx, tr))
 	if err == nil || b.ctx.Err() != nil {
 		return b.ctx.Err()
 	}

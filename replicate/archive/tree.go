@@ -64,6 +64,14 @@ func (b *builder) count(off int64) error {
 	return nil
 }
 
+// keep refuses an archive with too much text in its names, which stay in memory.
+func (b *builder) keep(name string) error {
+	if b.names += int64(len(name)); b.names > b.limits.Names {
+		return fmt.Errorf("%w: its names have more than %d bytes", ErrTooLarge, b.limits.Names)
+	}
+	return nil
+}
+
 // parts splits the name of a member; none are left of the root's.
 func parts(name string, off int64) ([]string, error) {
 	if len(name) > maxName {
@@ -88,6 +96,10 @@ func (b *builder) add(name string, off int64, n *node) error {
 	if err != nil {
 		return err
 	}
+	// Every member counts, also one that replaces another: an archive of nothing else must end as well.
+	if err := b.count(off); err != nil {
+		return err
+	}
 	if len(ps) == 0 {
 		if !n.dir {
 			return fmt.Errorf("%w: the member at offset 0x%x has the name %q, which no file can have", ErrDamaged, off, name)
@@ -102,12 +114,14 @@ func (b *builder) add(name string, off int64, n *node) error {
 		kid := at.kids[part]
 		last := i == len(ps)-1
 		if kid == nil {
-			if err := b.count(off); err != nil {
-				return err
+			if !last {
+				if err := b.count(off); err != nil {
+					return err
+				}
 			}
 			full := strings.Join(ps[:i+1], "/")
-			if b.names += int64(len(full)); b.names > b.limits.Names {
-				return fmt.Errorf("%w: its names have more than %d bytes", ErrTooLarge, b.limits.Names)
+			if err := b.keep(full); err != nil {
+				return err
 			}
 			kid = &node{dir: true, made: true}
 			if last {
@@ -116,7 +130,8 @@ func (b *builder) add(name string, off int64, n *node) error {
 			if kid.dir {
 				kid.kids = map[string]*node{}
 			}
-			if at.kids[part] = kid; kid.dir && i+1 > maxDepth {
+			// A part would keep all of the name in memory, which may have been longer by any number of "./".
+			if at.kids[strings.Clone(part)] = kid; kid.dir && i+1 > maxDepth {
 				kid.err, kid.mixed = fmt.Errorf("cannot replicate %s: directories nest deeper than %d levels", full, maxDepth), true
 			}
 			at = kid
@@ -161,11 +176,11 @@ func (b *builder) link(n *node, name, target string) {
 	t := b.find(target)
 	switch {
 	case t == nil:
-		n.err = fmt.Errorf("cannot replicate %s: it is a hard link to %s, which does not stand before it in the archive", shown(name), target)
+		n.err = fmt.Errorf("cannot replicate %s: it is a hard link to %s, which does not stand before it in the archive", shown(name), shown(target))
 	case t.err != nil:
 		n.err = fmt.Errorf("cannot replicate %s: it is a hard link: %w", shown(name), t.err)
 	case t.dir:
-		n.err = fmt.Errorf("cannot replicate %s: it is a hard link to %s, which is a directory", shown(name), target)
+		n.err = fmt.Errorf("cannot replicate %s: it is a hard link to %s, which is a directory", shown(name), shown(target))
 	default:
 		n.data = t.data
 	}
@@ -221,11 +236,14 @@ func (n *node) item(name, at string, err error, files map[*replicate.Item]*conte
 		same[k] = append(same[k], name)
 	}
 	newest := time.Time{}
-	firsts := map[string]*replicate.Item{}
+	passed := map[string]int{} // how many of them there were so far
+	grafts := map[string]*graft{}
 	for _, name := range names {
 		k, p, err := fatdriver.Fold(name), path.Join(at, name), it.Err
 		if all := same[k]; err == nil && len(all) > 1 {
-			i := slices.Index(all, name)
+			// They come in the order of all. There may be a million of them.
+			i := passed[k]
+			passed[k] = i + 1
 			err = fmt.Errorf("cannot replicate %s: FAT takes its name for that of %s", p, path.Join(at, all[(i+1)%len(all)]))
 		}
 		c := n.kids[name].item(name, p, err, files)
@@ -234,10 +252,10 @@ func (n *node) item(name, at string, err error, files map[*replicate.Item]*conte
 			newest = c.Meta.Modified
 		}
 		if len(same[k]) > 1 {
-			if firsts[k] == nil {
-				firsts[k] = c
+			if grafts[k] == nil {
+				grafts[k] = &graft{on: c}
 			} else {
-				graft(firsts[k], c)
+				grafts[k].add(c)
 			}
 		}
 	}
@@ -252,18 +270,27 @@ func (n *node) item(name, at string, err error, files map[*replicate.Item]*conte
 // graft puts what is below an item also below another one, whose name FAT takes for the same. Both are in error, and so is
 // all below them. Without this, what is selected below the second of two directories would not be found: a path leads
 // through the first one, and what the source does not have is removed from the targets.
-func graft(first, second *replicate.Item) {
-	have := map[string]*replicate.Item{}
-	for _, c := range first.Children {
-		if k := fatdriver.Fold(c.Name); have[k] == nil {
-			have[k] = c
+type graft struct {
+	on   *replicate.Item
+	have map[string]*graft // on each of its children, by the folded name; nil before the first add
+}
+
+func (g *graft) add(second *replicate.Item) {
+	if g.have == nil {
+		g.have = map[string]*graft{}
+		for _, c := range g.on.Children {
+			if k := fatdriver.Fold(c.Name); g.have[k] == nil {
+				g.have[k] = &graft{on: c}
+			}
 		}
 	}
 	for _, c := range second.Children {
-		if h := have[fatdriver.Fold(c.Name)]; h != nil {
-			graft(h, c)
+		k := fatdriver.Fold(c.Name)
+		if h := g.have[k]; h != nil {
+			h.add(c)
 		} else {
-			first.Children = append(first.Children, c)
+			g.have[k] = &graft{on: c}
+			g.on.Children = append(g.on.Children, c)
 		}
 	}
 }

@@ -14,7 +14,7 @@ import (
 	"strings"
 	"time"
 
-	"espmirror/fatdriver"
+	"espmirror/replicate"
 )
 
 // Member is a file or directory that goes into an archive.
@@ -222,7 +222,7 @@ func (m Member) copy(ctx context.Context, w io.Writer, fsys fs.FS) error {
 		return pathError(m.Path, err)
 	}
 	defer f.Close()
-	n, err := io.CopyBuffer(struct{ io.Writer }{w}, &ctxReader{ctx, io.LimitReader(f, m.Size)}, make([]byte, 1<<20))
+	n, err := io.CopyBuffer(struct{ io.Writer }{w}, replicate.ContextReader(ctx, io.LimitReader(f, m.Size)), make([]byte, 1<<20))
 	if err == nil && n != m.Size {
 		err = fmt.Errorf("%d bytes of %d: %w", n, m.Size, io.ErrUnexpectedEOF)
 	}
@@ -234,7 +234,4 @@ func (m Member) copy(ctx context.Context, w io.Writer, fsys fs.FS) error {
 
 // OwnFiles says which paths of a volume belong to that volume alone, and are not for an archive that others unpack: the
 // random seed, of which two systems must not have the same, and espmirror's journal and state.
-func OwnFiles(p string) bool {
-	k := fatdriver.Fold(p)
-	return k == "LOADER/RANDOM-SEED" || k == "EFI/ESPMIRROR" || strings.HasPrefix(k, "EFI/ESPMIRROR/")
-}
+func OwnFiles(p string) bool { return replicate.OwnFile(p) }

@@ -220,7 +220,7 @@ func (c *Run) resync() error {
 			return fmt.Errorf("recovery: %w", err)
 		}
 		if k, err := c.Visible(r.State, 0); err != nil || k != 0 && !c.ends(k, 0) {
-			return fmt.Errorf("recovery ends with tree %d of %d (%v)", k, c.Trees-1, err)
+			return errors.Join(fmt.Errorf("recovery ends with tree %d of %d", k, c.Trees-1), err)
 		}
 		r = fixtures.NewRecorder(s, c.g.unit())
 		res, err := syncTo(r, c.Scenario.After, c.Scenario.Options())
@@ -532,7 +532,7 @@ func (c *Run) meddled() error {
 			return nil // nothing was built
 		}
 		if !errors.Is(err, fatdriver.ErrChanged) || !bytes.Equal(b, d.done) {
-			return fmt.Errorf("the commit sector at 0x%x was changed by another: the run returned %v", off, err)
+			return errors.Join(fmt.Errorf("the commit sector at 0x%x was changed by another, and the run did not say so", off), err)
 		}
 		return nil
 	})
@@ -612,7 +612,7 @@ func (c *Run) damaged() error {
 		_, err := replicate.Recover(context.Background(), &replicate.Target{Name: "damaged", Dev: r}, replicate.RecoverOptions{})
 		for _, op := range r.Ops {
 			if n, _ := c.fat(op.Off / int64(c.g.unit())); !op.Flush && n >= 0 {
-				return fmt.Errorf("%s: recovery wrote to FAT copy %d at offset 0x%x and returned %v", what, n, op.Off, err)
+				return errors.Join(fmt.Errorf("%s: recovery wrote to FAT copy %d at offset 0x%x", what, n, op.Off), err)
 			}
 		}
 		return nil
@@ -701,7 +701,7 @@ func (c *Run) failedFlush() error {
 			err = res.Err
 		}
 		if err == nil || d.after > 0 {
-			return fmt.Errorf("flush %d failed: the run wrote %d times after that and returned %v", k, d.after, err)
+			return errors.Join(fmt.Errorf("flush %d failed: the run wrote %d times after that", k, d.after), err)
 		}
 	}
 	return nil
@@ -764,10 +764,10 @@ func (c *Run) lostWrites() error {
 			err = res.Err
 		}
 		if !errors.Is(err, fatdriver.ErrChanged) {
-			return fmt.Errorf("%s lost: the run returned %v", k.name, err)
+			return errors.Join(fmt.Errorf("%s lost, and the run did not say so", k.name), err)
 		}
 		if n, err := c.Visible(d.State, 0); err != nil || n != 0 {
-			return fmt.Errorf("%s lost: tree %d is visible (%v)", k.name, n, err)
+			return errors.Join(fmt.Errorf("%s lost: tree %d is visible", k.name, n), err)
 		}
 		if err = c.recover(d.State); err == nil {
 			err = c.clean(d.State, 0, false, true)

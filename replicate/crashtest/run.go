@@ -93,7 +93,7 @@ func record(s *Scenario, base fixtures.Base) (*Run, error) {
 			// Only recovery may have written: it comes first, and frees what an earlier run seems to have left behind.
 			after, err := c.trees.Read(r.State, 0, false)
 			if err != nil || !res.Recovered.Changed() || c.trees.Digest(after) != c.trees.Digest(first) {
-				return nil, fmt.Errorf("scenario %s: refused after %d operations: %w (%v)", s.Name, n, res.Err, err)
+				return nil, errors.Join(fmt.Errorf("scenario %s: refused after %d operations: %w", s.Name, n, res.Err), err)
 			}
 		}
 		return nil, fmt.Errorf("%w: %w", ErrRefused, res.Err)
@@ -208,7 +208,7 @@ func (c *Run) wanted(before, after *fixtures.Tree) error {
 			continue
 		}
 		if b, err := after.Read(e); err != nil || string(b) != content {
-			return fmt.Errorf("%s has other content (%v)", p, err)
+			return errors.Join(fmt.Errorf("%s has other content", p), err)
 		}
 	}
 	for i := range after.Entries {
@@ -331,13 +331,13 @@ func (c *Run) clean(dev blockdev.Device, before int, guess, wrote bool) error {
 			return fmt.Errorf("after recovery: %s", a.Illegal[0])
 		}
 		if boot, fat1, err := tree.DirtyFlags(); err != nil || [2]bool{boot, fat1} != c.dirty {
-			return fmt.Errorf("after recovery, the dirty flags are %v and %v, they were %v (%v)", boot, fat1, c.dirty, err)
+			return errors.Join(fmt.Errorf("after recovery, the dirty flags are %v and %v, they were %v", boot, fat1, c.dirty), err)
 		}
 		if _, err := tree.CheckFSInfo(false); err != nil {
 			return fmt.Errorf("after recovery: %w", err)
 		}
 		if d, err := tree.DifferentFATs(); err != nil || len(d) > 0 {
-			return fmt.Errorf("after recovery, FAT copies differ in sectors %v (%v)", d, err)
+			return errors.Join(fmt.Errorf("after recovery, FAT copies differ in sectors %v", d), err)
 		}
 	}
 	if !wrote {

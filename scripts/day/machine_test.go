@@ -341,11 +341,17 @@ func (m *machine) umount(d *member) {
 // boot starts the machine from a disk: that is then the primary.
 func (m *machine) boot(d *member) {
 	m.t.Helper()
-	b := []byte{6, 0, 0, 0}
+	var b []byte
 	for _, u := range utf16.Encode([]rune(strings.ToUpper(d.guid) + "\x00")) {
 		b = append(b, byte(u), byte(u>>8))
 	}
-	m.write(filepath.Join(m.root, "sys/firmware/efi/efivars/LoaderDevicePartUUID-4a67b082-0a4c-41cf-b6c7-440b29bb8c4f"), string(b))
+	m.variable("LoaderDevicePartUUID-4a67b082-0a4c-41cf-b6c7-440b29bb8c4f", b)
+}
+
+// variable sets an EFI variable, by the name that efivarfs has for it.
+func (m *machine) variable(name string, data []byte) {
+	m.t.Helper()
+	m.write(filepath.Join(m.root, "sys/firmware/efi/efivars", name), "\x07\x00\x00\x00"+string(data))
 }
 
 func (m *machine) mtools(d *member, args ...string) {

@@ -37,6 +37,10 @@ func TestReadme(t *testing.T) {
 	m.kernel(disks[0], "6.1.0", "+3")
 	m.copyIn(disks[0], "EFI/systemd/systemd-bootx64.efi", content(fixtures.PE(9000, 1)))
 	m.boot(disks[0])
+	// The firmware starts the machine by some entry, behind which others may come.
+	const global = "-8be4df61-93ca-11d2-aa0d-00e098032b8c"
+	m.variable("BootOrder"+global, []byte{1, 0})
+	m.variable("Boot0001"+global, []byte("\x01\x00\x00\x00\x04\x00P\x00X\x00E\x00\x00\x00\x7f\xff\x04\x00"))
 	node := regexp.MustCompile(`/dev/sd([a-d])1\b`)
 	ran := 0
 	for i, block := range strings.Split(section, "\n```\n") {
