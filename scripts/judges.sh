@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.." || exit 0
 linux=out/judges/linux
 
 missing=
-for pair in fsck.fat:dosfstools mcopy:mtools sgdisk:gdisk zstd:zstd cpio:cpio mkfs.exfat:exfatprogs mount.exfat-fuse:exfat-fuse \
+for pair in fsck.fat:dosfstools mcopy:mtools sgdisk:gdisk sfdisk:fdisk strace:strace zstd:zstd cpio:cpio mkfs.exfat:exfatprogs mount.exfat-fuse:exfat-fuse \
 	qemu-system-x86_64:qemu-system-x86 shellcheck:shellcheck busybox:busybox \
 	mmdebstrap:mmdebstrap systemd-analyze:systemd groff:groff-base efibootmgr:efibootmgr; do
 	PATH=$PATH:/usr/sbin:/sbin command -v "${pair%%:*}" >/dev/null || missing="$missing ${pair#*:}"
