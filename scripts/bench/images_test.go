@@ -27,7 +27,7 @@ func TestImages(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := []string{"2 images of 64 MiB from one template of 19 MB", "fsck.fat -n 2, sgdisk -v 2, mtools 2: 0 faults", "--jobs=1"}
-	if _, err := exec.LookPath("strace"); err == nil {
+	if exec.Command("strace", "-o", os.DevNull, "true").Run() == nil {
 		want = append(want, "2.00 times") // by the loop
 	}
 	for _, w := range want {

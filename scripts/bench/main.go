@@ -70,6 +70,10 @@ func run(w io.Writer, args []string) error {
 	if err := os.MkdirAll(*dir, 0o755); err != nil {
 		return err
 	}
+	// Not everybody has the directories of the administrator's tools there.
+	if err := os.Setenv("PATH", os.Getenv("PATH")+":/usr/sbin:/sbin"); err != nil {
+		return err
+	}
 	b := &bench{bin: bin, dir: *dir, runs: *runs}
 	if _, err := exec.LookPath("mcopy"); err == nil {
 		b.mtools = true
