@@ -290,11 +290,13 @@ type newVolume struct {
 	part     gpt.Partition
 	serial   uint32
 	label    string
-	fat      fatdriver.Type // 0: by the size
-	fill     bool           // it gets a volume; other partitions of a layout are only in the table
-	existing bool           // an earlier run has made the volume, and it is only brought up to date
-	inTable  bool           // the partition is there already
-	from     *members       // the primary of what is on it
+	fat      fatdriver.Type     // 0: by the size
+	fill     bool               // it gets a volume; other partitions of a layout are only in the table
+	existing bool               // there is a volume already, which stays: an empty one, or one that an earlier run has made
+	filled   bool               // and it has files
+	changes  []replicate.Change // what the rehearsal would change of its files
+	inTable  bool               // the partition is there already
+	from     *members           // the primary of what is on it
 	form     fatdriver.Geometry
 	holds    string // what the partition of the layout that is copied is for
 }
