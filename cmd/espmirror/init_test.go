@@ -483,6 +483,8 @@ func TestInitMany(t *testing.T) {
 	b.run("init", "--primary", "primary.img", "--no-set", "--size", "24M", "--sign", "key.pem", "e.img").want(exitUsage)
 	b.run("init", "--primary", "primary.img", "--no-set", "--size", "24M", "--manifest", "fleet.json", "--sign", "key.pem", "e.img").want(exitFailed)
 	b.run("init", "--primary", "primary.img", "--no-set", "--size", "24M", "--manifest", "primary.img", "e.img").want(exitRefused)
+	b.run("init", "--primary", "primary.img", "--no-set", "--size", "24M", "--manifest", "e.img", "./e.img").want(exitUsage).has("is a target")
+	b.run("init", "--primary", "primary.img", "--no-set", "--size", "24M", "--manifest", "e", "--sign", "key.pem", "e.sig").want(exitFailed)
 	b.run("init", "-n", "--primary", "primary.img", "--no-set", "--size", "24M", "--manifest", "new.json", "e.img").want(0)
 	for _, name := range []string{"e.img", "new.json"} {
 		if _, err := os.Stat(name); err == nil {
