@@ -39,7 +39,7 @@ func (inv *invocation) initCommand() *cli.Command {
 			"--seed TEXT each of them has the seed TEXT/NAME, by the last part of its name: `--seed TEXT/b.img b.img` makes the\n" +
 			"same image by itself, as long as it joins no set.",
 		Flags: append(append(append([]cli.Flag{
-			&cli.GenericFlag{Name: "primary", Value: &once{}, Usage: "replicate from this `VOLUME` or directory (default: $SYSTEMD_ESP_PATH, else the ESP that was booted)"},
+			&cli.GenericFlag{Name: "primary", Value: &once{}, Usage: "replicate from this `VOLUME`, directory or archive, - for one from standard input (default: $SYSTEMD_ESP_PATH, else the ESP that was booted)"},
 		}, selectFlags()...),
 			&cli.GenericFlag{Name: "size", Value: &once{}, Usage: "make a new image file of `SIZE` (4G)"},
 			&cli.GenericFlag{Name: "sector-size", Value: &once{}, Usage: "of an image without a partition table: 512 or 4096 `BYTES` (default: 512)"},

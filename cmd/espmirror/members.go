@@ -111,7 +111,7 @@ func timeoutFlag() cli.Flag {
 const maxJobs = 1 << 10
 
 func jobsFlag() cli.Flag {
-	return &cli.GenericFlag{Name: "jobs", Value: &once{}, Usage: "write to at most `N` targets at a time (default: all of them)"}
+	return &cli.GenericFlag{Name: "jobs", Value: &once{}, Usage: "write to at most `N` targets at a time, 1 to 1024 (default: all of them)"}
 }
 
 // readJobs reads --jobs.
