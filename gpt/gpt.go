@@ -91,6 +91,7 @@ type Table struct {
 	Partitions []Partition
 	FromBackup bool     // the primary table is damaged, and this is the backup
 	Problems   []string // what is wrong with it, in words; nothing that makes Partitions unusable
+	Grown      string   // that one of them which a disk has to which a smaller one was copied; "" when it has not
 
 	first, end int64 // the usable part of the disk in bytes; 0 in an MBR
 }

@@ -149,7 +149,8 @@ func checkBackup(t *Table, h *header, d blockdev.Device, sector int) {
 		t.Problems = append(t.Problems, fmt.Sprintf("the backup table should be at LBA %d, and the disk ends at LBA %d: it was cut, or copied to a smaller disk", h.alt, last))
 		return
 	case h.alt < last:
-		t.Problems = append(t.Problems, fmt.Sprintf("the backup table is at LBA %d and not at the end of the disk, LBA %d", h.alt, last))
+		t.Grown = fmt.Sprintf("the backup table is at LBA %d and not at the end of the disk, LBA %d", h.alt, last)
+		t.Problems = append(t.Problems, t.Grown)
 	}
 	b, err := readHeader(d, sector, h.alt)
 	switch {

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"time"
 
 	"espmirror/blockdev"
 	"espmirror/fatdriver"
@@ -160,13 +161,17 @@ func journalSize(g fatdriver.Geometry) int64 {
 	return (size + cs - 1) / cs * cs
 }
 
+// firstDay is the time of what belongs to the journal: the first one that FAT has. The clock would make each image different, and a
+// time of zero is no date.
+var firstDay = time.Date(1980, time.January, 1, 0, 0, 0, 0, time.UTC)
+
 // journalAnchor wants the journal file, with the directories that are missing above it.
 func journalAnchor(tree *fatdriver.Tree, size int64, contiguous bool) fatdriver.Anchor {
 	file := &fatdriver.Want{
 		Name: "journal", Size: size, Contiguous: contiguous,
-		Meta: fatdriver.Meta{Attr: fatdriver.AttrReadOnly | fatdriver.AttrHidden | fatdriver.AttrSystem},
+		Meta: fatdriver.Meta{Attr: fatdriver.AttrReadOnly | fatdriver.AttrHidden | fatdriver.AttrSystem, Modified: firstDay},
 	}
-	own := &fatdriver.Want{Name: "espmirror", Dir: true, Children: []*fatdriver.Want{file}}
+	own := &fatdriver.Want{Name: "espmirror", Dir: true, Meta: fatdriver.Meta{Modified: firstDay}, Children: []*fatdriver.Want{file}}
 	parent := tree.Root
 	if efi := childNode(parent, "EFI"); efi != nil && efi.IsDir() {
 		parent = efi
@@ -174,7 +179,7 @@ func journalAnchor(tree *fatdriver.Tree, size int64, contiguous bool) fatdriver.
 			return fatdriver.Anchor{Parent: dir, Old: childNode(dir, "journal"), New: file}
 		}
 	} else {
-		return fatdriver.Anchor{Parent: parent, Old: efi, New: &fatdriver.Want{Name: "EFI", Dir: true, Children: []*fatdriver.Want{own}}}
+		return fatdriver.Anchor{Parent: parent, Old: efi, New: &fatdriver.Want{Name: "EFI", Dir: true, Meta: fatdriver.Meta{Modified: firstDay}, Children: []*fatdriver.Want{own}}}
 	}
 	return fatdriver.Anchor{Parent: parent, Old: childNode(parent, "espmirror"), New: own}
 }

@@ -43,7 +43,7 @@ func (inv *invocation) initCommand() *cli.Command {
 			"--seed TEXT each of them has the seed TEXT/NAME, by the last part of its name: `--seed TEXT/b.img b.img` makes the\n" +
 			"same image by itself, as long as it joins no set.",
 		Flags: append(append(append([]cli.Flag{
-			&cli.GenericFlag{Name: "primary", Value: &once{}, Usage: "replicate from this `VOLUME` or directory (default: $SYSTEMD_ESP_PATH, else the ESP that was booted)"},
+			&cli.GenericFlag{Name: "primary", Value: &once{}, Usage: "replicate from this `VOLUME`, directory or archive, - for one from standard input (default: $SYSTEMD_ESP_PATH, else the ESP that was booted)"},
 		}, selectFlags()...),
 			&cli.GenericFlag{Name: "size", Value: &once{}, Usage: "make a new image file of `SIZE` (4G)"},
 			&cli.GenericFlag{Name: "sector-size", Value: &once{}, Usage: "of an image without a partition table: 512 or 4096 `BYTES` (default: 512)"},
@@ -294,11 +294,13 @@ type newVolume struct {
 	part     gpt.Partition
 	serial   uint32
 	label    string
-	fat      fatdriver.Type // 0: by the size
-	fill     bool           // it gets a volume; other partitions of a layout are only in the table
-	existing bool           // an earlier run has made the volume, and it is only brought up to date
-	inTable  bool           // the partition is there already
-	from     *members       // the primary of what is on it
+	fat      fatdriver.Type     // 0: by the size
+	fill     bool               // it gets a volume; other partitions of a layout are only in the table
+	existing bool               // there is a volume already, which stays: an empty one, or one that an earlier run has made
+	filled   bool               // and it has files
+	changes  []replicate.Change // what the rehearsal would change of its files
+	inTable  bool               // the partition is there already
+	from     *members           // the primary of what is on it
 	form     fatdriver.Geometry
 	holds    string // what the partition of the layout that is copied is for
 }

@@ -483,6 +483,8 @@ func TestInitMany(t *testing.T) {
 	b.run("init", "--primary", "primary.img", "--no-set", "--size", "24M", "--sign", "key.pem", "e.img").want(exitUsage)
 	b.run("init", "--primary", "primary.img", "--no-set", "--size", "24M", "--manifest", "fleet.json", "--sign", "key.pem", "e.img").want(exitFailed)
 	b.run("init", "--primary", "primary.img", "--no-set", "--size", "24M", "--manifest", "primary.img", "e.img").want(exitRefused)
+	b.run("init", "--primary", "primary.img", "--no-set", "--size", "24M", "--manifest", "e.img", "./e.img").want(exitUsage).has("is a target")
+	b.run("init", "--primary", "primary.img", "--no-set", "--size", "24M", "--manifest", "e", "--sign", "key.pem", "e.sig").want(exitFailed)
 	b.run("init", "-n", "--primary", "primary.img", "--no-set", "--size", "24M", "--manifest", "new.json", "e.img").want(0)
 	for _, name := range []string{"e.img", "new.json"} {
 		if _, err := os.Stat(name); err == nil {
@@ -499,11 +501,18 @@ func TestInitMany(t *testing.T) {
 	}
 	same("by themselves", want)
 
-	// An image that is there has what it has, and the others are made.
-	b.run("init", "-q", "--primary", "primary.img", "--no-set", "--size", "24M", "c.img").want(0)
+	// An image that is there stays, and the others are made.
+	b.run("init", "-q", "--primary", "primary.img", "--no-set", "--seed", "fleet/c.img", "--size", "24M", "c.img").want(0)
 	b.run(append(append(slices.Clone(args), "-q"), names...)...).want(0)
-	b.run("verify", "--primary", "primary.img", "--target", "c.img", "--target", "d.img").want(0)
-	read()
+	same("one of them there", want)
+	b.run("init", "-q", "--primary", "primary.img", "--no-set", "--size", "24M", "c.img").want(0)
+	b.run(append(append(slices.Clone(args), "-q"), names...)...).want(exitRefused).has("cannot init c.img", "by the seed it would be")
+	if _, err := os.Stat("d.img"); err == nil {
+		t.Error("d.img was made")
+	}
+	if err := os.Remove("c.img"); err != nil {
+		t.Fatal(err)
+	}
 
 	// They join the set in one go, and know of each other.
 	r := b.run("init", "--primary", "primary.img", "--seed", "set", "--size", "24M", "a.img", "c.img").want(0).has("added", "a.img@@p1", "c.img@@p1")
@@ -517,6 +526,60 @@ func TestInitMany(t *testing.T) {
 		}
 	}
 	b.run("status", "--primary", "primary.img", "--target", "a.img", "--target", "c.img").want(0).has("in sync")
+}
+
+// TestInitKeeps: a volume with files of its own is never taken for what an earlier run left.
+func TestInitKeeps(t *testing.T) {
+	b := initBench(t, false)
+	makeFixture(t, fixtures.DiskSpec{Size: 24 << 20, GUID: pairGUID("d", 0), Parts: []fixtures.PartSpec{
+		{Type: fixtures.TypeESP, GUID: pairGUID("d", 1), Name: "EFI", Off: 1 << 20, Volume: &fixtures.VolumeSpec{FAT: 16, Size: 16 << 20, Serial: 7, Label: "MINE",
+			Tree: fixtures.TreeSpec{"EFI/mine/grub.cfg": fixtures.Text("x")}}},
+	}}, "disk.img")
+	init := func(args ...string) *result {
+		t.Helper()
+		return b.run(append([]string{"init", "--primary", "primary.img"}, args...)...)
+	}
+	init("disk.img").want(exitRefused).has("holds FAT")
+	// A sync without a set leaves a journal too.
+	b.run("sync", "-q", "--primary", "primary.img", "--select", "loader", "--target", "disk.img").want(0)
+	before, err := os.ReadFile("disk.img")
+	if err != nil {
+		t.Fatal(err)
+	}
+	more := t.TempDir()
+	if err := errors.Join(os.MkdirAll(filepath.Join(more, "loader"), 0o755), os.WriteFile(filepath.Join(more, "loader", "mine.conf"), []byte("mine"), 0o644)); err != nil {
+		t.Fatal(err)
+	}
+	b.run("sync", "-q", "--primary", more, "--select", "loader/mine.conf", "--target", "disk.img").want(0)
+	for _, args := range [][]string{{"disk.img"}, {"--no-set", "disk.img"}, {"-n", "disk.img"}} {
+		init(args...).want(exitRefused).has("not the one that this would make", "loader/mine.conf", "espmirror add disk.img@@p1", "init --force disk.img@@p1")
+	}
+	b.run("cat", "disk.img", "loader/mine.conf").want(0)
+	// With nothing but what the primary has, nothing can be lost.
+	if err := os.WriteFile("disk.img", before, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	init("--label", "OTHER", "disk.img").want(exitRefused).has(`its label is "MINE"`)
+	init("--fat", "12", "disk.img").want(exitRefused).has("it is FAT16")
+	init("--seed", "x", "disk.img").want(exitRefused).has("its files are not those of the primary")
+	init("--esp-size", "8M", "disk.img").want(exitRefused).has("it was to be 0x800000 bytes")
+	init("--partlabel", "other", "disk.img").want(exitRefused).has(`it was to be "other"`)
+	init("--partlabel", "EFI", "--esp-size", "16M", "--label", "MINE", "disk.img").want(0).has("resumed", "added")
+	b.run("cat", "disk.img", "EFI/mine/grub.cfg").want(0)
+	// The same command again changes nothing, another seed is refused.
+	init("--no-set", "--seed", "one", "--size", "24M", "new.img").want(0)
+	made, _ := os.ReadFile("new.img")
+	init("--no-set", "--seed", "one", "--size", "24M", "new.img").want(0).has("resumed")
+	if again, _ := os.ReadFile("new.img"); !bytes.Equal(made, again) {
+		t.Error("the second run changed something")
+	}
+	init("--no-set", "--seed", "two", "--size", "24M", "new.img").want(exitRefused).has("by the seed it would be")
+	// All that is refused is told.
+	if err := os.WriteFile("foreign", bytes.Repeat([]byte("x"), 12<<20), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	init("--no-set", "--seed", "two", "new.img", "foreign").want(exitRefused).has("cannot init new.img", "cannot init foreign")
+	init("--no-set", "--size", "1M", "small.img").want(exitRefused).has("with --size", "there is room for twice what is selected")
 }
 
 // TestInitManyRefuses: what cannot be done to one target is done to none.

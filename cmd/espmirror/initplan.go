@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 
 	"espmirror/blockdev"
@@ -251,7 +252,11 @@ func (p *initPlan) likeDisk(inv *invocation, m *members) error {
 	first, end := gpt.Usable(p.t.size, p.t.sector)
 	var esp, boot bool
 	for _, q := range table.Partitions {
-		if q.Start < first || q.End() > end || q.Start%int64(p.t.sector) != 0 || q.Size%int64(p.t.sector) != 0 {
+		if sector := int64(p.t.sector); q.Start%sector != 0 || q.Size%sector != 0 {
+			return refusef("cannot init %s: partition %d of %s, 0x%x bytes at 0x%x, cannot be copied: the sectors have %d bytes, and it is not made of whole ones",
+				p.t.name, q.Number, p.o.like, q.Size, q.Start, sector)
+		}
+		if q.Start < first || q.End() > end {
 			return refusef("cannot init %s: %w for partition %d of %s, 0x%x bytes at 0x%x: the disk has 0x%x bytes in sectors of %d",
 				p.t.name, gpt.ErrNoRoom, q.Number, p.o.like, q.Size, q.Start, p.t.size, p.t.sector)
 		}
@@ -306,6 +311,14 @@ func (p *initPlan) intoTable(inv *invocation, m *members) error {
 		if len(there) > 1 {
 			return withHint(refusef("cannot init %s: it has %d partitions of type %s", t.name, len(there), v.part.TypeName()), "name one of them, such as %s@@p%d", quoted(t.name), there[0].Number)
 		}
+		size, label := p.o.espSize, p.o.partLabel
+		if v.boot() {
+			size, label = max(p.o.bootSize, 0), ""
+		}
+		if size = (size + gpt.Align - 1) / gpt.Align * gpt.Align; size != 0 && size != v.part.Size || label != "" && label != v.part.Name {
+			return refusef("cannot init %s: it has a partition of type %s, %q with 0x%x bytes, which stays as it is: it was to be %s", t.name,
+				v.part.TypeName(), v.part.Name, v.part.Size, asked(size, label))
+		}
 		if p.o.force && (typ == gpt.TypeESP || p.o.bootSize > 0) {
 			// What is overwritten in a table that stays is named by its own name.
 			p.notes = append(p.notes, fmt.Sprintf("--force has no effect on partition %d, which the table has: name it to overwrite it", v.part.Number))
@@ -317,6 +330,18 @@ func (p *initPlan) intoTable(inv *invocation, m *members) error {
 		return err
 	}
 	return p.lay(gpt.FreeExtents(t.size, t.sector, t.table), vs, ws)
+}
+
+// asked is what the command line wants of a partition.
+func asked(size int64, label string) string {
+	var all []string
+	if label != "" {
+		all = append(all, strconv.Quote(label))
+	}
+	if size != 0 {
+		all = append(all, fmt.Sprintf("0x%x bytes", size))
+	}
+	return strings.Join(all, " with ")
 }
 
 // takePartition uses the partition that was named.
@@ -415,12 +440,48 @@ func (p *initPlan) lookVolume(inv *invocation, w blockdev.Device, v *newVolume, 
 	case made.Member || made.Set != nil:
 		// It is of another set, or has been.
 	case made.Journal || made.Empty:
-		// It was written by a run, and has never been told of a generation: it is what a run left that did not come to its
-		// end. One without any file is as good as new.
-		v.existing = true
+		// It was written by a run, and has never been told of a generation: it may be what a run left that did not come to its
+		// end, which keepsAll finds out. One without any file is as good as new.
+		v.existing, v.filled = true, !made.Empty && (m.set == nil || !m.set.Has(guid)) // what the set names follows the primary
 	}
 	if v.existing {
 		v.serial, v.label, v.form = vol.Geometry().Serial, made.Label, vol.Geometry()
+	}
+	return nil
+}
+
+// keepsAll refuses a volume with files that is not what this command makes: init deletes and replaces nothing that a person may
+// have put there, and gives nothing another identity.
+func (p *initPlan) keepsAll() error {
+	for _, v := range p.volumes {
+		if !v.filled || p.done {
+			continue
+		}
+		why := ""
+		want := newVolume{part: v.part}
+		if err := p.o.identity(&want); err != nil {
+			return err
+		}
+		for _, c := range v.changes {
+			if why == "" && (c.Op != "create" || p.o.seed != "") {
+				why = fmt.Sprintf("its files are not those of the primary (%s %s)", c.Op, c.Path)
+			}
+		}
+		switch {
+		case why != "":
+		case p.o.seed != "" && v.serial != want.serial:
+			why = fmt.Sprintf("its serial number is %s, and by the seed it would be %s", formatSerial(v.serial), formatSerial(want.serial))
+		case !v.boot() && p.o.label != "" && v.label != p.o.label:
+			why = fmt.Sprintf("its label is %q", v.label)
+		case !v.boot() && p.o.fat != 0 && v.form.Type != p.o.fat:
+			why = fmt.Sprintf("it is %s", v.form.Type)
+		}
+		if why != "" {
+			name := quoted(p.volumeName(v))
+			return withHint(refusef("cannot init %s: partition %d, of type %s, holds a whole volume, and not the one that this would make: %s",
+				p.t.name, v.part.Number, v.part.TypeName(), why),
+				"`espmirror add %s` takes it into the set, `espmirror sync --target %s` brings the files; `espmirror init --force %s` makes it anew", name, name, name)
+		}
 	}
 	return nil
 }

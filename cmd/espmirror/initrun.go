@@ -184,37 +184,35 @@ func (inv *invocation) apart(t, u *initTarget) error {
 func (r *initRun) plan(targets []*initTarget) error {
 	var set *replicate.Set // with the members that were planned before
 	guids := map[string]string{}
+	var errs []error
 	for _, t := range targets {
 		if err := r.inv.ctx.Err(); err != nil {
 			return err
 		}
-		p, err := r.inv.planInit(t.o, t, r.m)
+		p, err := r.planOne(t, set)
 		if err == nil {
-			err = p.joinPlan(r.inv, r.m, set)
+			for _, v := range p.filled() {
+				if at := guids[v.part.GUID.String()]; at != "" && err == nil {
+					err = refusef("cannot init %s: a partition of it has the GUID %s, and so has one of %s", t.name, v.part.GUID, at)
+				}
+				guids[v.part.GUID.String()] = t.name
+			}
 		}
 		if err != nil {
-			return err
-		}
-		if err := r.inv.rehearse(p, r.m, r.random("fill")); err != nil {
-			return err
-		}
-		for _, v := range p.filled() {
-			if at := guids[v.part.GUID.String()]; at != "" {
-				return refusef("cannot init %s: a partition of it has the GUID %s, and so has one of %s", t.name, v.part.GUID, at)
-			}
-			guids[v.part.GUID.String()] = t.name
+			errs = append(errs, err)
+			continue
 		}
 		if p.set != nil {
 			set = p.set
 		}
-		p.todo = p.leftToDo(r.inv)
-		if err := r.reg.ofInit(p, r.m); err != nil {
-			return err
-		}
-		if line := bootEntry(p, r.m); line != "" && r.reg == nil {
-			p.todo = append(p.todo, line)
-		}
 		r.plans = append(r.plans, p)
+	}
+	switch len(errs) {
+	case 0:
+	case 1:
+		return errs[0]
+	default:
+		return &targetsError{verb: initVerb, errs: errs, total: len(targets)}
 	}
 	for _, p := range r.plans {
 		if p.set != nil {
@@ -222,6 +220,36 @@ func (r *initRun) plan(targets []*initTarget) error {
 		}
 	}
 	return nil
+}
+
+// planOne works out what will be made of one target, on a copy. set has the members that were planned before.
+func (r *initRun) planOne(t *initTarget, set *replicate.Set) (*initPlan, error) {
+	p, err := r.inv.planInit(t.o, t, r.m)
+	if err == nil {
+		err = p.joinPlan(r.inv, r.m, set)
+	}
+	if err == nil {
+		err = r.inv.rehearse(p, r.m, r.random("fill"))
+	}
+	if t.create && (errors.Is(err, gpt.ErrNoRoom) || errors.Is(err, fatdriver.ErrNoSpace)) {
+		// There is nothing yet that could be deleted to make room.
+		least, lerr := room(r.m)
+		if lerr != nil {
+			return nil, lerr
+		}
+		err = &replicate.Hint{Err: err, Text: fmt.Sprintf("with --size %dM there is room for twice what is selected, as updates need it", (least+2*gpt.Align)>>20+1)}
+	}
+	if err != nil {
+		return nil, err
+	}
+	if err := r.reg.ofInit(p, r.m); err != nil {
+		return nil, err
+	}
+	p.todo = p.leftToDo(r.inv)
+	if line := bootEntry(p, r.m); line != "" && r.reg == nil {
+		p.todo = append(p.todo, line)
+	}
+	return p, nil
 }
 
 // random is where identities of transactions come from; nil is the system. Each purpose has bytes of its own: what fills a
@@ -259,10 +287,8 @@ func (r *initRun) failure(joined error) error {
 	if joined != nil {
 		e.errs = append(e.errs, joined)
 	}
-	for _, err := range e.errs {
-		if errors.Is(err, context.Canceled) {
-			return err
-		}
+	if err := r.inv.ctx.Err(); err != nil && len(e.errs) > 0 {
+		return withHint(err, "the same command goes on")
 	}
 	switch {
 	case len(e.errs) == 0:
@@ -387,7 +413,7 @@ func (inv *invocation) rehearse(p *initPlan, m *members, random func(string) io.
 		}
 		return fmt.Errorf("cannot init %s: %w", p.t.name, err)
 	}
-	return nil
+	return p.keepsAll()
 }
 
 // making is a plan that is being carried out.
@@ -740,10 +766,14 @@ func fill(inv *invocation, m *members, all []*making, o replicate.Options) ([]er
 		return errs, err
 	}
 	var jobs []replicate.Job
-	var owners [][]int
+	type owner struct {
+		at int
+		v  *newVolume
+	}
+	var owners [][]owner
 	for _, boot := range []bool{true, false} { // in the order in which the volumes become valid
 		var job replicate.Job
-		var owner []int
+		var of []owner
 		var from *members
 		var set *replicate.Set
 		for i, x := range all {
@@ -755,7 +785,7 @@ func fill(inv *invocation, m *members, all []*making, o replicate.Options) ([]er
 				if e := x.esp(); boot && e != nil {
 					t.Member, t.Set = e.part.GUID.String(), x.set
 				}
-				from, job.Targets, owner = v.from, append(job.Targets, t), append(owner, i)
+				from, job.Targets, of = v.from, append(job.Targets, t), append(of, owner{i, v})
 				if x.set != nil {
 					set = x.set
 				}
@@ -774,7 +804,7 @@ func fill(inv *invocation, m *members, all []*making, o replicate.Options) ([]er
 		}
 		opt.Selection.Exclude = append(slices.Clone(opt.Selection.Exclude), replicate.SetPath)
 		job.Source, job.Options = replicate.Adapt(from.src, latest), opt
-		jobs, owners = append(jobs, job), append(owners, owner)
+		jobs, owners = append(jobs, job), append(owners, of)
 	}
 	if len(jobs) == 0 {
 		return errs, nil
@@ -782,7 +812,8 @@ func fill(inv *invocation, m *members, all []*making, o replicate.Options) ([]er
 	results, err := inv.engine.sync(inv.ctx, jobs)
 	for j, rs := range results {
 		for k, r := range rs {
-			switch at := &errs[owners[j][k]]; {
+			owners[j][k].v.changes = r.Summary.Changes
+			switch at := &errs[owners[j][k].at]; {
 			case *at == nil:
 				*at = r.Err
 			case r.Err != nil:

@@ -68,6 +68,9 @@ func manual(app *cli.App) string {
 			if m := placeholder.FindStringSubmatch(usage); m != nil && g.TakesValue() {
 				value = " *" + m[1] + "*"
 			}
+			if f, ok := f.(*cli.StringFlag); ok && f.Value != "" && !strings.Contains(usage, "(default: ") {
+				usage += " (default: " + f.Value + ")"
+			}
 			p("%s%s\n:   %s\n\n", strings.Join(names, ", "), value, text(placeholder.ReplaceAllString(usage, "$1")))
 		}
 	}

@@ -58,8 +58,17 @@ func (inv *invocation) newManifest(targets []string) (*manifestOutput, error) {
 			return nil, err
 		}
 	}
+	place, err := filepath.Abs(o.file)
+	if err != nil {
+		return nil, err
+	}
 	seen := map[string]string{}
 	for _, name := range targets {
+		for _, suffix := range []string{"", manifest.SignatureSuffix} {
+			if at, err := filepath.Abs(name); err != nil || at == place+suffix {
+				return nil, errors.Join(err, usagef("--manifest=%s: %s is a target", o.file, name))
+			}
+		}
 		base := filepath.Base(name)
 		if err := manifest.CheckName(base); err != nil {
 			return nil, refusef("cannot state %s in a manifest: %w", name, err)

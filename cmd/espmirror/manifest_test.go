@@ -378,6 +378,16 @@ func TestVerifyManifestFinds(t *testing.T) {
 		tool(t, "sgdisk", c.args, "images/one.img")
 		verify(exitDiffers, c.want)
 	}
+	for _, c := range []struct {
+		at   int
+		want string
+	}{
+		{0x1fe, "there is no protective MBR"}, {512 + 20, "the primary table is damaged"}, {2*512 + 60, "the primary table is damaged"},
+		{len(good) - 512 + 20, "the backup table is damaged"},
+	} {
+		change(func(d []byte) { d[c.at] ^= 1 })
+		verify(exitDiffers, "partition table: "+c.want, ", not sound")
+	}
 	change(func([]byte) {})
 	tool(t, "mattrib", "-i", "images/one.img@@1M", "+r", "::loader/loader.conf") // attributes are not stated
 	verify(0)

@@ -111,7 +111,7 @@ func timeoutFlag() cli.Flag {
 const maxJobs = 1 << 10
 
 func jobsFlag(byDefault string) cli.Flag {
-	return &cli.GenericFlag{Name: "jobs", Value: &once{}, Usage: "write to at most `N` targets at a time (default: " + byDefault + ")"}
+	return &cli.GenericFlag{Name: "jobs", Value: &once{}, Usage: "write to at most `N` targets at a time, 1 to 1024 (default: " + byDefault + ")"}
 }
 
 // readJobs reads --jobs.

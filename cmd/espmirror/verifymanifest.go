@@ -184,6 +184,14 @@ func (x *manifestVerifier) compare(r *imageReport, name string, entry *manifest.
 		return refusef("it is a part of an image without a partition table, and the manifest states the whole")
 	}
 	r.differ(manifest.CompareImage(entry, &l.image, l.disk))
+	if t := l.volumes[0].DiskTable; t != nil && !l.part {
+		for _, p := range t.Problems {
+			// Whoever wrote an image to a larger disk left the backup where it was.
+			if !l.disk || p != t.Grown {
+				r.differ([]manifest.Difference{{What: "partition table", Want: "sound", Have: p}})
+			}
+		}
+	}
 	pairs := pairVolumes(entry, l)
 	for i := range entry.Volumes {
 		want := &entry.Volumes[i]
