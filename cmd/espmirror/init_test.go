@@ -620,6 +620,21 @@ func TestInitManyRefuses(t *testing.T) {
 	b.run("verify", "--primary", "primary.img", "--target", "two.img@@p1", "--target", "two.img@@p2").want(0)
 }
 
+// failAt lets a device fail once, in its write or flush number k, from 0.
+func failAt(d blockdev.Device, k int, err error, hit *bool) blockdev.Device {
+	count := 0
+	return blockdev.NewFaulty(d, func(op blockdev.Op) error {
+		if op.Kind != blockdev.OpWrite && op.Kind != blockdev.OpFlush {
+			return nil
+		}
+		if count++; count == k+1 {
+			*hit = true
+			return err
+		}
+		return nil
+	})
+}
+
 // TestInitManyFaults: a disk that fails costs the others nothing.
 func TestInitManyFaults(t *testing.T) {
 	b := initBench(t, true)
@@ -633,21 +648,12 @@ func TestInitManyFaults(t *testing.T) {
 		if k > 10 && k%5 != 0 && os.Getenv("ESPMIRROR_LONG") == "" {
 			continue
 		}
-		count, hit := 0, false
+		hit := false
 		b.app.device = func(d blockdev.Device) blockdev.Device {
 			if disk, ok := d.(*blockdev.Disk); !ok || disk.Path() != "bad.img" {
 				return d
 			}
-			return blockdev.NewFaulty(d, func(op blockdev.Op) error {
-				if op.Kind != blockdev.OpWrite && op.Kind != blockdev.OpFlush {
-					return nil
-				}
-				if count++; count == k+1 {
-					hit = true
-					return boom
-				}
-				return nil
-			})
+			return failAt(d, k, boom, &hit)
 		}
 		for _, name := range []string{"one.img", "bad.img", "two.img"} {
 			if err := os.RemoveAll(name); err != nil {
@@ -1070,18 +1076,9 @@ func TestInitFaults(t *testing.T) {
 		if k > 20 && k%step != 0 {
 			continue
 		}
-		count, hit := 0, false
+		hit := false
 		b.app.device = func(d blockdev.Device) blockdev.Device {
-			return blockdev.NewFaulty(d, func(op blockdev.Op) error {
-				if op.Kind != blockdev.OpWrite && op.Kind != blockdev.OpFlush {
-					return nil
-				}
-				if count++; count == k+1 {
-					hit = true
-					return boom
-				}
-				return nil
-			})
+			return failAt(d, k, boom, &hit)
 		}
 		if err := errors.Join(os.RemoveAll("new.img"), os.WriteFile("primary.img", primary, 0o644)); err != nil {
 			t.Fatal(err)
