@@ -162,7 +162,7 @@ umount /efi 2>/dev/null
 	s.need(p["verify"].code == 0, "verify after the kernel was installed: exit status %d: %s", p["verify"].code, p["verify"].text)
 	s.same(a, b)
 	s.prove(true, "kernel-install's hook brings the new kernel to the second disk, the primary being mounted")
-	s.note("systemd-analyze: %s", strings.TrimSpace(p["time"].text))
+	s.note("systemd-analyze: %s", strings.Join(strings.Fields(p["time"].text), " "))
 	for line := range strings.Lines(p["blame"].text) {
 		if strings.Contains(line, "espmirror") {
 			s.note("systemd-analyze blame: %s", strings.Join(strings.Fields(line), " "))
