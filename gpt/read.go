@@ -77,7 +77,7 @@ func read(d blockdev.Device) (*Table, error) {
 				return nil, err
 			}
 			checkBackup(t, h, d, sector)
-			checkProtective(t, protective)
+			checkProtective(t, mbr)
 			return t, nil
 		}
 		note(sector, "primary", err)
@@ -103,7 +103,7 @@ func read(d blockdev.Device) (*Table, error) {
 			for _, e := range damage {
 				t.Problems = append(t.Problems, e.Error())
 			}
-			checkProtective(t, protective)
+			checkProtective(t, mbr)
 			return t, nil
 		}
 	}
@@ -161,11 +161,19 @@ func checkBackup(t *Table, h *header, d blockdev.Device, sector int) {
 	}
 }
 
-// checkProtective reports a missing protective MBR, without which firmware may look no further.
-func checkProtective(t *Table, protective bool) {
-	if !protective {
+// checkProtective reports a missing protective MBR, without which firmware may look no further, and one that neither Linux
+// (block/partitions/efi.c, pmbr_part_valid) nor firmware takes for one.
+func checkProtective(t *Table, mbr []byte) {
+	if !isProtective(mbr) {
 		t.Problems = append(t.Problems, "there is no protective MBR: firmware may not see the table")
+		return
 	}
+	for i := range mbrEntryCount {
+		if e := mbrEntry(mbr, i); e[4] == mbrTypeGPT && binary.LittleEndian.Uint32(e[8:]) == 1 {
+			return
+		}
+	}
+	t.Problems = append(t.Problems, "the partition of the protective MBR does not begin at LBA 1: firmware may not see the table")
 }
 
 // decode turns a checked header into a table, with go-diskfs as the decoder.

@@ -204,6 +204,9 @@ func (inv *invocation) findInitTarget(o *initOptions) (*initTarget, error) {
 		if o.size == 0 {
 			return nil, withHint(refusef("cannot init %s: there is no such file or device", o.target), "--size SIZE makes a new image file")
 		}
+		if _, err := os.Lstat(o.target); err == nil {
+			return nil, refusef("cannot init %s: it is a symbolic link that leads to nothing", o.target)
+		}
 		if dir := filepath.Dir(o.target); !isDir(dir) {
 			return nil, refusef("cannot init %s: there is no directory %s", o.target, dir)
 		}
@@ -297,7 +300,8 @@ type newVolume struct {
 	fat      fatdriver.Type     // 0: by the size
 	fill     bool               // it gets a volume; other partitions of a layout are only in the table
 	existing bool               // there is a volume already, which stays: an empty one, or one that an earlier run has made
-	filled   bool               // and it has files
+	filled   bool               // and it must be what would be made, as no set names it
+	empty    bool               // and it has no files
 	changes  []replicate.Change // what the rehearsal would change of its files
 	inTable  bool               // the partition is there already
 	from     *members           // the primary of what is on it

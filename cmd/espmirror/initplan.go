@@ -194,6 +194,9 @@ func (p *initPlan) lay(free []gpt.Extent, vs []*newVolume, ws []wantedSize) erro
 // clear refuses a disk that holds anything, unless it may be overwritten.
 func (p *initPlan) clear() error {
 	t := p.t
+	if gpted := t.table != nil && !t.table.MBR || t.err != nil && !errors.Is(t.err, gpt.ErrNoTable); gpted && !p.o.newTable {
+		return withHint(refusef("cannot init %s: it has a partition table: it holds %s", t.name, listSignatures(t.found)), "--new-table --force overwrites all of that")
+	}
 	if len(t.found) > 0 && !p.o.force {
 		return withHint(refusef("cannot init %s: it holds %s", t.name, listSignatures(t.found)), "--force overwrites all of that; a GPT is only replaced with --new-table besides")
 	}
@@ -442,7 +445,7 @@ func (p *initPlan) lookVolume(inv *invocation, w blockdev.Device, v *newVolume, 
 	case made.Journal || made.Empty:
 		// It was written by a run, and has never been told of a generation: it may be what a run left that did not come to its
 		// end, which keepsAll finds out. One without any file is as good as new.
-		v.existing, v.filled = true, !made.Empty && (m.set == nil || !m.set.Has(guid)) // what the set names follows the primary
+		v.existing, v.filled, v.empty = true, m.set == nil || !m.set.Has(guid), made.Empty // what the set names follows the primary
 	}
 	if v.existing {
 		v.serial, v.label, v.form = vol.Geometry().Serial, made.Label, vol.Geometry()
@@ -450,7 +453,7 @@ func (p *initPlan) lookVolume(inv *invocation, w blockdev.Device, v *newVolume, 
 	return nil
 }
 
-// keepsAll refuses a volume with files that is not what this command makes: init deletes and replaces nothing that a person may
+// keepsAll refuses a volume that is there and is not what this command makes: init deletes and replaces nothing that a person may
 // have put there, and gives nothing another identity.
 func (p *initPlan) keepsAll() error {
 	for _, v := range p.volumes {
@@ -463,7 +466,7 @@ func (p *initPlan) keepsAll() error {
 			return err
 		}
 		for _, c := range v.changes {
-			if why == "" && (c.Op != "create" || p.o.seed != "") {
+			if why == "" && (c.Op != "create" || p.o.seed != "" && !v.empty) {
 				why = fmt.Sprintf("its files are not those of the primary (%s %s)", c.Op, c.Path)
 			}
 		}
@@ -475,6 +478,10 @@ func (p *initPlan) keepsAll() error {
 			why = fmt.Sprintf("its label is %q", v.label)
 		case !v.boot() && p.o.fat != 0 && v.form.Type != p.o.fat:
 			why = fmt.Sprintf("it is %s", v.form.Type)
+		}
+		if v.empty && why != "" {
+			return withHint(refusef("cannot init %s: partition %d, of type %s, holds an empty volume, which stays as it is, and not the one that this would make: %s",
+				p.t.name, v.part.Number, v.part.TypeName(), why), "`espmirror init --force %s` makes it anew", quoted(p.volumeName(v)))
 		}
 		if why != "" {
 			name := quoted(p.volumeName(v))

@@ -11,6 +11,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"sync"
 
@@ -56,6 +57,9 @@ func (inv *invocation) init() (report, error) {
 		inv.jobs = imageJobs
 	}
 	if err := m.sourcesOfInit(); err != nil {
+		return nil, err
+	}
+	if err := m.spareBoot(targets); err != nil {
 		return nil, err
 	}
 	// All of it on a copy first: what does not fit is known before anything is written anywhere.
@@ -140,10 +144,13 @@ func (r *initRun) find() ([]*initTarget, error) {
 func (inv *invocation) apart(t, u *initTarget) error {
 	if t.loc == nil || u.loc == nil {
 		if t.loc == nil && u.loc == nil {
-			a, err := filepath.Abs(t.name)
-			b, err2 := filepath.Abs(u.name)
-			if err := errors.Join(err, err2); err != nil || a == b {
-				return errors.Join(err, usagef("cannot init %s: it is named twice (%s)", t.name, u.name))
+			a, err := newFileID(t.name)
+			b, err2 := newFileID(u.name)
+			if err := errors.Join(err, err2); err != nil {
+				return err
+			}
+			if a == b {
+				return usagef("cannot init %s: it is named twice (%s)", t.name, u.name)
 			}
 			return nil
 		}
@@ -178,6 +185,18 @@ func (inv *invocation) apart(t, u *initTarget) error {
 		return usagef("cannot init %s: it has to do with %s, which is named too", t.name, u.name)
 	}
 	return nil
+}
+
+// newFileID tells image files apart that are yet to be made, or are empty: by what they are, else by their place.
+func newFileID(name string) (any, error) {
+	if id, err := blockdev.Identify(name); err == nil {
+		return id, nil
+	}
+	dir, err := filepath.Abs(filepath.Dir(name))
+	if err == nil {
+		dir, err = filepath.EvalSymlinks(dir)
+	}
+	return filepath.Join(dir, filepath.Base(name)), err
 }
 
 // plan works out what will be made of all targets. Whatever cannot be done to one of them is done to none.
@@ -367,6 +386,24 @@ func (m *members) sourcesOfInit() error {
 	return err
 }
 
+// spareBoot refuses the XBOOTLDR partition that the new ones are filled from: with --force it would be empty by then.
+func (m *members) spareBoot(targets []*initTarget) error {
+	if m.boot == nil {
+		return nil
+	}
+	for _, t := range targets {
+		if t.loc == nil {
+			continue
+		}
+		if same, err := gpt.SameVolume(t.loc, m.boot.primary.loc); err != nil {
+			return err
+		} else if same {
+			return refusef("cannot init %s: it is the XBOOTLDR partition of the primary (%s)", t.name, m.primary.name)
+		}
+	}
+	return nil
+}
+
 // rehearse carries the plan out in memory, and keeps what comes of it: numbers of partitions, geometry of volumes.
 func (inv *invocation) rehearse(p *initPlan, m *members, random func(string) io.Reader) error {
 	var below blockdev.Device
@@ -394,8 +431,18 @@ func (inv *invocation) rehearse(p *initPlan, m *members, random func(string) io.
 			return err
 		}
 	}
-	if err := p.look(inv, dev, m); err != nil || p.done {
+	if err := p.look(inv, dev, m); err != nil {
 		return err
+	}
+	if p.done {
+		// All that is left is its set. What a member lacks is not made any more, and must not be reported as if it were there.
+		for _, v := range p.volumes {
+			if !v.existing {
+				p.notes = append(p.notes, fmt.Sprintf("the ESP is a member already: no %s partition is made beside it", v.part.TypeName()))
+			}
+		}
+		p.volumes = slices.DeleteFunc(p.volumes, func(v *newVolume) bool { return !v.existing })
+		return nil
 	}
 	x := &making{initPlan: p, dev: dev}
 	err := x.prepare()
@@ -534,6 +581,10 @@ func (x *making) open(inv *invocation) (err error) {
 		x.fail(err)
 		return x.err
 	}
+	if err := x.unchanged(); err != nil {
+		x.fail(err)
+		return x.err
+	}
 	if !x.disk.IsBlock() {
 		x.dev = blockdev.Sparse(x.dev)
 		return nil
@@ -546,13 +597,59 @@ func (x *making) open(inv *invocation) (err error) {
 	return x.err
 }
 
+// unchanged returns gpt.ErrChanged when a disk is not what the plan was made for: others could write to it until it was opened, and
+// with many targets that is a long time.
+func (x *making) unchanged() error {
+	t := x.t
+	if t.create || t.part {
+		return nil
+	}
+	found, err := gpt.Recognise(x.disk)
+	if err != nil {
+		return err
+	}
+	o := blockdev.NewOverlay(x.disk)
+	if t.unmade {
+		if _, err := gpt.Complete(o); err != nil {
+			return err
+		}
+	}
+	if !slices.Equal(found, t.found) {
+		return gpt.ErrChanged
+	}
+	if t.table == nil || x.table {
+		return nil
+	}
+	if table, err := gpt.Read(o); err != nil || !reflect.DeepEqual(table, t.table) {
+		return gpt.ErrChanged
+	}
+	return nil
+}
+
+// known returns gpt.ErrChanged when the place of a volume holds what it did not hold when it was looked at.
+func (p *initPlan) known(v *newVolume, found []gpt.Signature) error {
+	for _, s := range found {
+		if s.Off += v.part.Start; !slices.Contains(p.found, s) {
+			return fmt.Errorf("%w: partition %d holds %s", gpt.ErrChanged, v.part.Number, listSignatures([]gpt.Signature{s}))
+		}
+	}
+	return nil
+}
+
 // makeFile makes an image file of zeros, all of it a hole.
 func makeFile(name string, size int64) error {
 	f, err := os.OpenFile(name, os.O_RDWR|os.O_CREATE, 0o644)
 	if err != nil {
 		return err
 	}
-	err = f.Truncate(size)
+	// The plan was made for a file that was not there, or empty, which may be some time ago.
+	info, err := f.Stat()
+	if err == nil && info.Size() != 0 {
+		err = gpt.ErrChanged
+	}
+	if err == nil {
+		err = f.Truncate(size)
+	}
 	if err == nil {
 		err = f.Sync()
 	}
@@ -719,6 +816,9 @@ func (p *initPlan) wipe(dev blockdev.Device, v *newVolume) error {
 		return err
 	}
 	found, err := gpt.Recognise(w)
+	if err == nil {
+		err = p.known(v, found)
+	}
 	if err != nil {
 		return err
 	}
@@ -729,6 +829,9 @@ func (p *initPlan) wipe(dev blockdev.Device, v *newVolume) error {
 func (p *initPlan) format(w blockdev.Device, v *newVolume) (*blockdev.Withheld, error) {
 	if v.inTable {
 		found, err := gpt.Recognise(w)
+		if err == nil {
+			err = p.known(v, found)
+		}
 		if err == nil {
 			err = gpt.Wipe(w, found)
 		}

@@ -91,6 +91,10 @@ func (inv *invocation) verifyManifest() (report, error) {
 	return rep, x.run(args)
 }
 
+// noBlockIO is the attribute of a partition that firmware makes no device of. UEFI specification, "Defined GPT Partition Entry -
+// Attributes".
+const noBlockIO = 1 << 1
+
 // manifestVerifier compares images with a manifest.
 type manifestVerifier struct {
 	inv  *invocation
@@ -300,6 +304,9 @@ func (x *manifestVerifier) volume(r *imageReport, want *manifest.Volume, loc *gp
 		return
 	}
 	v.FATType, v.Serial, v.Label = have.FATType, have.Serial, have.Label
+	if loc.Part != nil && loc.DiskTable != nil && !loc.DiskTable.MBR && loc.Part.Attributes&noBlockIO != 0 {
+		v.Differences = append(v.Differences, differenceReport{What: "partition attribute", Have: "firmware is to ignore it"})
+	}
 	for _, d := range manifest.CompareVolume(want, &have) {
 		v.Differences = append(v.Differences, differenceReport(d))
 	}
