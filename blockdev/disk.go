@@ -345,7 +345,11 @@ func (w *lateWriter) WriteAt(p []byte, off int64) (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	return f.WriteAt(p, off)
+	n, err := f.WriteAt(p, off)
+	if errors.Is(err, unix.EPERM) {
+		err = fmt.Errorf("%w by now: %w", ErrReadOnly, pathCause(err)) // what Linux gives where the device became so
+	}
+	return n, err
 }
 
 func (w *lateWriter) open() (*os.File, error) {
@@ -355,6 +359,9 @@ func (w *lateWriter) open() (*os.File, error) {
 		return w.file, nil
 	}
 	f, err := os.OpenFile(w.path, os.O_RDWR|unix.O_NONBLOCK, 0)
+	if errors.Is(err, unix.EROFS) || errors.Is(err, unix.EACCES) {
+		return nil, fmt.Errorf("%w by now: %w", ErrReadOnly, pathCause(err))
+	}
 	if err != nil {
 		return nil, err
 	}

@@ -143,6 +143,18 @@ func TestLoopOpenedLate(t *testing.T) {
 	}
 }
 
+// TestOpenedLateReadOnly has a device that is made read-only between the two.
+func TestOpenedLateReadOnly(t *testing.T) {
+	node := loop(t, image(t, 1<<20))
+	d := mustOpen(t, node, ReadWrite)
+	if out, err := exec.Command("blockdev", "--setro", node).CombinedOutput(); err != nil {
+		t.Skipf("blockdev --setro: %s", out)
+	}
+	defer exec.Command("blockdev", "--setrw", node).Run() // or whoever has the node next would have it so
+	_, err := d.WriteAt(make([]byte, 512), 0)
+	wantErr(t, err, ErrReadOnly)
+}
+
 // TestOpenedLateElsewhere writes through a path that leads to something else by then.
 func TestOpenedLateElsewhere(t *testing.T) {
 	one, other := loop(t, image(t, 1<<20)), loop(t, image(t, 1<<20))

@@ -300,8 +300,9 @@ type newVolume struct {
 	fat      fatdriver.Type     // 0: by the size
 	fill     bool               // it gets a volume; other partitions of a layout are only in the table
 	existing bool               // there is a volume already, which stays: an empty one, or one that an earlier run has made
-	filled   bool               // and it must be what would be made, as no set names it
+	unsure   bool               // and it may be somebody's: what would be made must leave all of it
 	empty    bool               // and it has no files
+	named    bool               // and the set names it
 	changes  []replicate.Change // what the rehearsal would change of its files
 	inTable  bool               // the partition is there already
 	from     *members           // the primary of what is on it

@@ -1154,6 +1154,9 @@ func TestInitJoinFails(t *testing.T) {
 		t.Fatal(err)
 	}
 	b.run("sync", "-q", "--force", "--primary", "tree", "--select", "loader/loader.conf", "--target", "primary.img").want(0)
+	// By then its files could be anybody's: that is what sync is for.
+	b.run("init", "-q", "--primary", "primary.img", "third.img").want(exitRefused).has("replace loader/loader.conf", "hint: `espmirror sync --target third.img@@p1` brings the files")
+	b.run("sync", "-q", "--primary", "primary.img", "--target", "third.img").want(0)
 	b.run("init", "-q", "--primary", "primary.img", "third.img").want(0)
 	b.run("verify", "--primary", "primary.img", "--target", "third.img").want(0)
 }

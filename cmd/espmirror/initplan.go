@@ -445,7 +445,7 @@ func (p *initPlan) lookVolume(inv *invocation, w blockdev.Device, v *newVolume, 
 	case made.Journal || made.Empty:
 		// It was written by a run, and has never been told of a generation: it may be what a run left that did not come to its
 		// end, which keepsAll finds out. One without any file is as good as new.
-		v.existing, v.filled, v.empty = true, m.set == nil || !m.set.Has(guid), made.Empty // what the set names follows the primary
+		v.existing, v.unsure, v.empty, v.named = true, true, made.Empty, m.set != nil && m.set.Has(guid)
 	}
 	if v.existing {
 		v.serial, v.label, v.form = vol.Geometry().Serial, made.Label, vol.Geometry()
@@ -457,7 +457,7 @@ func (p *initPlan) lookVolume(inv *invocation, w blockdev.Device, v *newVolume, 
 // have put there, and gives nothing another identity.
 func (p *initPlan) keepsAll() error {
 	for _, v := range p.volumes {
-		if !v.filled || p.done {
+		if !v.unsure || p.done {
 			continue
 		}
 		why := ""
@@ -485,9 +485,12 @@ func (p *initPlan) keepsAll() error {
 		}
 		if why != "" {
 			name := quoted(p.volumeName(v))
+			hint := fmt.Sprintf("`espmirror sync --target %s` brings the files, `espmirror init --force %s` makes it anew", name, name)
+			if !v.named {
+				hint = fmt.Sprintf("`espmirror add %s` takes it into the set, ", name) + hint
+			}
 			return withHint(refusef("cannot init %s: partition %d, of type %s, holds a whole volume, and not the one that this would make: %s",
-				p.t.name, v.part.Number, v.part.TypeName(), why),
-				"`espmirror add %s` takes it into the set, `espmirror sync --target %s` brings the files; `espmirror init --force %s` makes it anew", name, name, name)
+				p.t.name, v.part.Number, v.part.TypeName(), why), "%s", hint)
 		}
 	}
 	return nil

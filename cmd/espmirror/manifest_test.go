@@ -403,6 +403,8 @@ func TestVerifyManifestFinds(t *testing.T) {
 	// A volume that is damaged, and one that was cut.
 	change(func(d []byte) { clear(d[p1 : p1+512]) })
 	verify(exitRefused, "hint: run `espmirror check images/one.img@@p1`")
+	change(func(d []byte) { d[p1+0x14] += 8 }) // BPB_TotSec16
+	verify(exitRefused, "the volume claims")
 	change(func([]byte) {})
 	if err := os.Truncate("images/one.img", int64(len(good))+1<<20); err != nil {
 		t.Fatal(err)
