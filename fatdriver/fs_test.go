@@ -253,3 +253,26 @@ func TestFSDuplicates(t *testing.T) {
 		t.Error("Lookup finds another file")
 	}
 }
+
+// TestTooManyNodes: a volume with more files than any boot volume has is an error, and never a tree with some of them.
+func TestTooManyNodes(t *testing.T) {
+	testVolumes(t, func(t *testing.T, d *sparseDev, files map[string]string) {
+		v, err := Open(d)
+		if err != nil {
+			t.Fatal(err)
+		}
+		all := mustScan(t, v).nodes
+		defer func(n int) { maxNodes = n }(maxNodes)
+		maxNodes = all
+		mustScan(t, v)
+		if maxNodes = all - 1; all == 0 {
+			return
+		}
+		if tree, err := v.Scan(); tree != nil || !errors.Is(err, ErrDamaged) {
+			t.Error(err)
+		}
+		if tree, _, err := v.ScanAround(); tree != nil || !errors.Is(err, ErrDamaged) {
+			t.Error(err)
+		}
+	})
+}

@@ -109,8 +109,9 @@ type Tree struct {
 	Label    string // from the root directory, else from the boot sector
 	Findings []Finding
 
-	vol  *Volume
-	used bitmap // every cluster that a file or directory holds
+	vol   *Volume
+	used  bitmap // every cluster that a file or directory holds
+	nodes int
 
 	around bool // go on where a sector of a directory cannot be read
 	unread []*Unreadable
@@ -166,6 +167,12 @@ func (t *Tree) Open(n *Node) (*io.SectionReader, error) {
 
 // maxDepth bounds how deep directories may nest: a path has at most 260 characters for most readers.
 const maxDepth = 256
+
+// MaxNodes is how many files and directories a volume may have for Scan to read it.
+const MaxNodes = tree.MaxNodes
+
+// maxNodes is that; a test makes it less.
+var maxNodes = MaxNodes
 
 // maxFindings bounds what a hostile volume can make us keep.
 const maxFindings = 10_000
@@ -328,6 +335,9 @@ func (t *Tree) walk(dir *Node, depth int) error {
 			}
 		}
 		t.note(sev, dir, 0, "slots after the end marker are not empty")
+	}
+	if t.nodes += len(d.entries); t.nodes > maxNodes {
+		return tree.TooMany(ErrDamaged, maxNodes)
 	}
 	seen := newNameSet()
 	for _, e := range d.entries {

@@ -196,6 +196,17 @@ func (s *countingSource) Open(it *Item) (io.ReadCloser, error) {
 	return countingReader{rd, &s.bytes}, err
 }
 
+func TestTooManySelected(t *testing.T) {
+	defer func(n int) { maxSelected = n }(maxSelected)
+	maxSelected = 2
+	m := newVolume(t, geometries[3])
+	before := bytes.Clone(m.Bytes())
+	_, err := Sync(context.Background(), newMemSource(bootFiles), []*Target{{Name: "b", Dev: m}}, Options{})
+	if !errors.Is(err, ErrSource) || !errors.Is(err, ErrRefused) || !bytes.Equal(before, m.Bytes()) {
+		t.Error(err)
+	}
+}
+
 // TestSeveralTargets syncs to three targets of different geometry, one of them failing: the source is read once.
 func TestSeveralTargets(t *testing.T) {
 	files := maps.Clone(bootFiles)

@@ -291,12 +291,20 @@ func begin(src Source, targets []*Target, o Options) (*run, error) {
 	return r, nil
 }
 
+// maxSelected is how many files and directories may be selected: half of what a volume may have, as old and new stand side by
+// side. A test makes it less.
+var maxSelected = fatdriver.MaxNodes / 2
+
 // replicable finds what is selected and cannot be replicated, so that it is the source's fault and not each target's.
 func (r *run) replicable() error {
+	n := 0
 	var find func(it *Item) error
 	find = func(it *Item) error {
 		if r.sel.excluded(it.Path) {
 			return nil
+		}
+		if n++; n > maxSelected {
+			return refusal{fmt.Errorf("%w: more than %d files and directories are selected", ErrSource, maxSelected)}
 		}
 		if it.Err != nil {
 			return refusal{fmt.Errorf("%w: %w", ErrSource, it.Err)}

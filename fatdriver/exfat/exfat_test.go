@@ -1132,3 +1132,18 @@ func BenchmarkRead(b *testing.B) {
 }
 
 var _ blockdev.Device = (*fixtures.Sparse)(nil)
+
+func TestTooManyNodes(t *testing.T) {
+	dev := writeVolume(t, layout{size: 2 << 20, sectorShift: 9, clusShift: 0}, dir("a", file("b", nil), dir("c")), file("d", nil))
+	defer func(n int) { maxNodes = n }(maxNodes)
+	maxNodes = 4
+	scanOf(t, dev)
+	v, err := Open(dev)
+	if err != nil {
+		t.Fatal(err)
+	}
+	maxNodes = 3
+	if tree, err := v.Scan(); tree != nil || !errors.Is(err, ErrDamaged) {
+		t.Error(err)
+	}
+}

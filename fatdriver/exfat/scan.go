@@ -136,6 +136,9 @@ func (t *Tree) Usage() (used, free, lost int64, err error) {
 	return used, int64(all) - used, max(0, used-t.used.len()), nil
 }
 
+// maxNodes bounds how many files and directories there may be; a test makes it less.
+var maxNodes = tree.MaxNodes
+
 // maxDepth bounds how deep directories may nest, as package fatdriver bounds it.
 const maxDepth = 256
 
@@ -158,6 +161,7 @@ type scanner struct {
 	dec     *decoder
 	bitmaps []entry
 	upcases []entry
+	nodes   int
 	system  []run // what the bitmaps and the up-case table take, which the bitmap has as used too
 	folds   bool  // the up-case table is that of the volume
 }
@@ -234,6 +238,9 @@ func (s *scanner) list(dir *Node) error {
 	return d.sets(dir == s.Root, s.dec, func(e *entry, at place) error {
 		switch e.kind {
 		case kindFile:
+			if s.nodes++; s.nodes > maxNodes {
+				return tree.TooMany(ErrDamaged, maxNodes)
+			}
 			dir.Children = append(dir.Children, s.file(dir, e, at))
 		case kindBitmap:
 			if len(s.bitmaps) == s.vol.geo.NumFATs {

@@ -6,6 +6,15 @@ import (
 	"strings"
 )
 
+// MaxNodes is how many files and directories a volume may have. A boot volume has some dozens; a hostile one of a few GiB would
+// take all memory. A tree that was cut off there would make what lies behind look lost, so it is an error, not a finding.
+const MaxNodes = 1 << 20
+
+// TooMany is the error of a volume that has more than max files and directories.
+func TooMany(damaged error, max int) error {
+	return fmt.Errorf("%w: it has more than %d files and directories", damaged, max)
+}
+
 // Severity says what a finding means for somebody who wants to use the volume.
 type Severity int
 
