@@ -116,9 +116,10 @@ func busyHint(e *blockdev.BusyError) string {
 // invocation is one command line while it runs.
 type invocation struct {
 	*app
-	ctx context.Context
-	c   *cli.Context
-	log *slog.Logger
+	ctx  context.Context
+	args []string // the program's name first
+	c    *cli.Context
+	log  *slog.Logger
 
 	system               blockdev.System // that of the app, or below --system-root
 	json                 string          // pretty, short or off
@@ -137,7 +138,7 @@ type invocation struct {
 
 // run runs one command line, the program's name first, and returns the exit status.
 func (a *app) run(ctx context.Context, args []string) int {
-	inv := &invocation{app: a, ctx: ctx, system: a.system, json: earlyJSON(args), out: bufio.NewWriter(a.stdout)}
+	inv := &invocation{app: a, ctx: ctx, args: args, system: a.system, json: earlyJSON(args), out: bufio.NewWriter(a.stdout)}
 	inv.log = newLogger(logWriter{inv}, slog.LevelInfo)
 	// What the library itself returns is about the command line; the commands leave theirs in inv.err.
 	if err := inv.cli().RunContext(ctx, args); err != nil && inv.err == nil {
@@ -344,11 +345,13 @@ func (inv *invocation) action(minArgs, maxArgs int, argsUsage string, f func() (
 			return inv.err
 		}
 		args := c.Args().Slice()
+		before := len(inv.args) - len(args) - 1
+		ended := before > 0 && inv.args[before] == "--" // whoever writes that means arguments
 		for _, arg := range args {
-			if strings.HasPrefix(arg, "-") {
+			if strings.HasPrefix(arg, "-") && !ended {
 				// The library takes everything behind the first argument for arguments: `sync a b --dry-run` would be a real run.
 				inv.err = &usageError{fmt.Sprintf("%q stands behind an argument", arg),
-					"options go before the arguments; a file whose name begins with - is written ./-name"}
+					"options go before the arguments; a file whose name begins with - is written ./-name, or behind --"}
 				return inv.err
 			}
 			if arg == "" {

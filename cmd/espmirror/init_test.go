@@ -1246,3 +1246,16 @@ func TestPlace(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestEndOfOptions: behind -- everything is an argument, and nowhere else is a dash taken for part of a name.
+func TestEndOfOptions(t *testing.T) {
+	b := initBench(t, false)
+	if err := os.Rename("primary.img", "-x.img"); err != nil {
+		t.Fatal(err)
+	}
+	b.run("ls", "--", "-x.img").want(0).has("EFI")
+	b.run("ls", "--json=short", "--", "-x.img").want(0)
+	b.run("ls", "./-x.img", "--json").want(exitUsage).has("stands behind an argument", "or behind --")
+	b.run("ls", "--", "./-x.img", "--json").want(exitFailed).has("cannot list /--json")
+	b.run("ls", "-x.img").want(exitUsage)
+}
