@@ -566,6 +566,8 @@ func TestInitKeeps(t *testing.T) {
 	init("--partlabel", "other", "disk.img").want(exitRefused).has(`it was to be "other"`)
 	init("--partlabel", "EFI", "--esp-size", "16M", "--label", "MINE", "disk.img").want(0).has("resumed", "added")
 	b.run("cat", "disk.img", "EFI/mine/grub.cfg").want(0)
+	init("disk.img").want(0).has("member")
+	init("--label", "OTHER", "disk.img").want(exitRefused).has(`its label is "MINE"`, "init --force disk.img@@p1")
 	// The same command again changes nothing, another seed is refused.
 	init("--no-set", "--seed", "one", "--size", "24M", "new.img").want(0)
 	made, _ := os.ReadFile("new.img")

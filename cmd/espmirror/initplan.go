@@ -457,7 +457,7 @@ func (p *initPlan) lookVolume(inv *invocation, w blockdev.Device, v *newVolume, 
 // have put there, and gives nothing another identity.
 func (p *initPlan) keepsAll() error {
 	for _, v := range p.volumes {
-		if !v.unsure || p.done {
+		if !v.unsure && !(p.done && v.existing) {
 			continue
 		}
 		why := ""
@@ -486,7 +486,7 @@ func (p *initPlan) keepsAll() error {
 		if why != "" {
 			name := quoted(p.volumeName(v))
 			hint := fmt.Sprintf("`espmirror sync --target %s` brings the files, `espmirror init --force %s` makes it anew", name, name)
-			if !v.named {
+			if !v.named && !p.done {
 				hint = fmt.Sprintf("`espmirror add %s` takes it into the set, ", name) + hint
 			}
 			return withHint(refusef("cannot init %s: partition %d, of type %s, holds a whole volume, and not the one that this would make: %s",

@@ -440,7 +440,7 @@ func (inv *invocation) rehearse(p *initPlan, m *members, random func(string) io.
 			}
 		}
 		p.volumes = slices.DeleteFunc(p.volumes, func(v *newVolume) bool { return !v.existing })
-		return nil
+		return p.keepsAll()
 	}
 	x := &making{initPlan: p, dev: dev}
 	err := x.prepare()
