@@ -11,16 +11,7 @@ import (
 )
 
 func TestAdapt(t *testing.T) {
-	dir := t.TempDir()
-	for name, text := range map[string]string{"loader/Esp-Sync": "old", "loader/loader.conf": "timeout 1\n", "EFI/Linux/a.efi": "MZ"} {
-		name = filepath.Join(dir, name)
-		if err := os.MkdirAll(filepath.Dir(name), 0o755); err != nil {
-			t.Fatal(err)
-		}
-		if err := os.WriteFile(name, []byte(text), 0o644); err != nil {
-			t.Fatal(err)
-		}
-	}
+	dir := writeFiles(t, map[string]string{"loader/Esp-Sync": "old", "loader/loader.conf": "timeout 1\n", "EFI/Linux/a.efi": "MZ"})
 	src, err := OpenDirSource(dir)
 	if err != nil {
 		t.Fatal(err)

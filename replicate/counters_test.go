@@ -2,8 +2,6 @@ package replicate
 
 import (
 	"maps"
-	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -95,17 +93,7 @@ func TestCounters(t *testing.T) {
 				expectResults(t, "verify", res, err, InSync)
 
 				// A directory as the source.
-				at := t.TempDir()
-				for p, content := range full(c.src) {
-					p = filepath.Join(at, p)
-					if err := os.MkdirAll(filepath.Dir(p), 0o755); err != nil {
-						t.Fatal(err)
-					}
-					if err := os.WriteFile(p, []byte(content), 0o644); err != nil {
-						t.Fatal(err)
-					}
-				}
-				src, err := OpenDirSource(at)
+				src, err := OpenDirSource(writeFiles(t, full(c.src)))
 				if err != nil {
 					t.Fatal(err)
 				}

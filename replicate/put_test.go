@@ -343,22 +343,6 @@ func TestPutSizes(t *testing.T) {
 	}
 }
 
-// tempDir is a directory like a mounted ESP with some files.
-func tempDir(t *testing.T, files map[string]string) string {
-	t.Helper()
-	dir := t.TempDir()
-	for p, c := range files {
-		p = filepath.Join(dir, p)
-		if err := os.MkdirAll(filepath.Dir(p), 0o755); err != nil {
-			t.Fatal(err)
-		}
-		if err := os.WriteFile(p, []byte(c), 0o644); err != nil {
-			t.Fatal(err)
-		}
-	}
-	return dir
-}
-
 // listing is every path below a directory with its content; directories end in a slash.
 func listing(t *testing.T, dir string) map[string]string {
 	t.Helper()
@@ -383,7 +367,7 @@ func listing(t *testing.T, dir string) map[string]string {
 }
 
 func TestPutDir(t *testing.T) {
-	dir := tempDir(t, map[string]string{"EFI/BOOT/X.EFI": "x", "LOADER/Esp-Sync": "old", "EFI/ESPMIRROR/.btmp.espmirror-00ff": "left", "LOADER/.btmp.other": "not ours"})
+	dir := writeFiles(t, map[string]string{"EFI/BOOT/X.EFI": "x", "LOADER/Esp-Sync": "old", "EFI/ESPMIRROR/.btmp.espmirror-00ff": "left", "LOADER/.btmp.other": "not ours"})
 	when := time.Date(2024, 5, 6, 7, 8, 10, 0, time.UTC)
 	files := []File{
 		{Path: "EFI/espmirror/state", Content: []byte("state"), Meta: fatdriver.Meta{Modified: when}},
@@ -429,8 +413,8 @@ func TestPutDir(t *testing.T) {
 }
 
 func TestPutDirRefuses(t *testing.T) {
-	outside := tempDir(t, map[string]string{"f": "outside"})
-	dir := tempDir(t, map[string]string{"loader/f/g": "x", "file": "x", "t": "x"})
+	outside := writeFiles(t, map[string]string{"f": "outside"})
+	dir := writeFiles(t, map[string]string{"loader/f/g": "x", "file": "x", "t": "x"})
 	for from, to := range map[string]string{"out": outside, "loader/link": "../t", "up": "../../../../../../../../../../etc"} {
 		if err := os.Symlink(to, filepath.Join(dir, from)); err != nil {
 			t.Fatal(err)
@@ -471,7 +455,7 @@ func listingNoPipe(t *testing.T, dir string) []string {
 
 // TestPutDirWaits has two runs in one directory: neither removes the other's file.
 func TestPutDirWaits(t *testing.T) {
-	dir := tempDir(t, map[string]string{"loader/x": "0"})
+	dir := writeFiles(t, map[string]string{"loader/x": "0"})
 	errs := make(chan error)
 	for i := range 8 {
 		go func() {

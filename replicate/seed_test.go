@@ -426,7 +426,7 @@ func TestRandomSeedRecovers(t *testing.T) {
 
 func TestRandomSeedDir(t *testing.T) {
 	ctx := context.Background()
-	dir := tempDir(t, map[string]string{"LOADER/Random-Seed": "abc", "EFI/x": "x"})
+	dir := writeFiles(t, map[string]string{"LOADER/Random-Seed": "abc", "EFI/x": "x"})
 	file := filepath.Join(dir, "LOADER/Random-Seed")
 	renew := func(o SeedOptions) SeedResult {
 		t.Helper()

@@ -21,18 +21,12 @@ import (
 	"espmirror/fixtures"
 )
 
-// writeFiles makes a directory source.
+// writeFiles makes a directory with files: a source, or a mounted ESP.
 func writeFiles(t testing.TB, files map[string]string) string {
 	t.Helper()
 	dir := t.TempDir()
-	for p, c := range files {
-		full := filepath.Join(dir, p)
-		if err := os.MkdirAll(filepath.Dir(full), 0o755); err != nil {
-			t.Fatal(err)
-		}
-		if err := os.WriteFile(full, []byte(c), 0o644); err != nil {
-			t.Fatal(err)
-		}
+	if err := fixtures.WriteFiles(dir, files); err != nil {
+		t.Fatal(err)
 	}
 	return dir
 }

@@ -42,14 +42,8 @@ func exfatImage(t *testing.T, path string, files map[string]string) {
 	if out, err := exec.Command("mount.exfat-fuse", node, at).CombinedOutput(); err != nil {
 		t.Skipf("exfat-fuse does not mount here: %s", out)
 	}
-	for p, c := range files {
-		full := filepath.Join(at, p)
-		if err := os.MkdirAll(filepath.Dir(full), 0o755); err != nil {
-			t.Error(err)
-		}
-		if err := os.WriteFile(full, []byte(c), 0o644); err != nil {
-			t.Error(err)
-		}
+	if err := fixtures.WriteFiles(at, files); err != nil {
+		t.Error(err)
 	}
 	if out, err := exec.Command("umount", at).CombinedOutput(); err != nil {
 		t.Fatalf("%s", out)

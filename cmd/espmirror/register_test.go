@@ -265,14 +265,8 @@ func TestLoaders(t *testing.T) {
 		{fixtures.TreeSpec{"EFI/refind/refind_x64.efi": file, "EFI/BOOT/bootx64.efi": file, "shimx64.efi": file}, nil, "x64", "EFI/refind/refind_x64.efi EFI/BOOT/bootx64.efi"},
 	} {
 		dir := t.TempDir()
-		for name := range tc.tree {
-			p := filepath.Join(dir, name)
-			if err := os.MkdirAll(filepath.Dir(p), 0o755); err != nil {
-				t.Fatal(err)
-			}
-			if err := os.WriteFile(p, nil, 0o644); err != nil {
-				t.Fatal(err)
-			}
+		if err := tc.tree.Write(dir); err != nil {
+			t.Fatal(err)
 		}
 		src, err := replicate.OpenDirSource(dir)
 		if err != nil {

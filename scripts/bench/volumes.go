@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"io"
 	"os"
-	"path/filepath"
 
 	"espmirror/blockdev"
 	"espmirror/fatdriver"
@@ -43,24 +42,7 @@ func writeTree(dir string, t fixtures.TreeSpec) error {
 	if err := os.RemoveAll(dir); err != nil {
 		return err
 	}
-	for p, c := range t {
-		p = filepath.Join(dir, filepath.FromSlash(p))
-		if err := os.MkdirAll(filepath.Dir(p), 0o755); err != nil {
-			return err
-		}
-		f, err := os.Create(p)
-		if err != nil {
-			return err
-		}
-		if _, err := io.Copy(f, c.Reader()); err != nil {
-			f.Close()
-			return err
-		}
-		if err := f.Close(); err != nil {
-			return err
-		}
-	}
-	return nil
+	return t.Write(dir)
 }
 
 // countedSync syncs a directory to a volume and prints what reached the device.

@@ -98,7 +98,7 @@ func TestKill(t *testing.T) {
 	var trees []map[string]fixtures.JudgedFile
 	for i, g := range generations() {
 		src := filepath.Join(dir, fmt.Sprintf("generation%d", i))
-		if err := writeTree(src, g); err != nil {
+		if err := g.Write(src); err != nil {
 			t.Fatal(err)
 		}
 		sources = append(sources, src)
@@ -379,27 +379,4 @@ func missingFrom(got, want map[string]fixtures.JudgedFile) string {
 		}
 	}
 	return ""
-}
-
-func writeTree(dir string, t fixtures.TreeSpec) error {
-	for p, c := range t {
-		p = filepath.Join(dir, filepath.FromSlash(p))
-		if c.Dir {
-			if err := os.MkdirAll(p, 0o755); err != nil {
-				return err
-			}
-			continue
-		}
-		if err := os.MkdirAll(filepath.Dir(p), 0o755); err != nil {
-			return err
-		}
-		b, err := io.ReadAll(c.Reader())
-		if err != nil {
-			return err
-		}
-		if err := os.WriteFile(p, b, 0o644); err != nil {
-			return err
-		}
-	}
-	return nil
 }
