@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
+	"espmirror/fatdriver/internal/iofs"
 	"fmt"
 	"io"
 	"io/fs"
@@ -97,7 +98,7 @@ func treeFiles(t *testing.T, tr *Tree, onlyFiles bool) (list []corpusFile) {
 		if err != nil || p == "." {
 			return err
 		}
-		n := e.(*fileInfo).node
+		n := e.(*iofs.Info).Sys().(*Node)
 		c := corpusFile{"D", attrLetters(n.Entry.Attr()), "-", "-", "-", p}
 		if !e.IsDir() {
 			f, err := fsys.Open(p)

@@ -22,7 +22,7 @@ import (
 // The result does not see later changes of the tree, and is safe for concurrent use.
 func (t *Tree) FS() fs.FS {
 	f := &treeFS{Root: t.Root, Dirs: map[iofs.Node]*iofs.Index{}, Fold: Fold, Read: func(n iofs.Node) (*io.SectionReader, error) { return t.Open(n.(*Node)) }, Damaged: ErrDamaged,
-		Info: func(n iofs.Node) iofs.Info { return infoOf(n.(*Node)) }}
+		Info: func(n iofs.Node) *iofs.Info { return infoOf(n.(*Node)) }}
 	indexDir(f, t.Root)
 	return f
 }
@@ -44,7 +44,7 @@ func indexDir(f *treeFS, dir *Node) {
 	// a sound volume no short name equals another entry's long name, and on a damaged one the long name is shown.
 	for _, n := range dir.Children {
 		if name := fsName(n); claim(name, n) {
-			d.List = append(d.List, &fileInfo{name: name, node: n})
+			d.List = append(d.List, infoNamed(name, n))
 		}
 	}
 	for _, n := range dir.Children {
@@ -64,56 +64,14 @@ func fsName(n *Node) string {
 	return displayPlain(n.Entry.short())
 }
 
-func infoOf(n *Node) *fileInfo {
+func infoOf(n *Node) *iofs.Info {
 	if n.Parent == nil {
-		return &fileInfo{name: ".", node: n}
+		return iofs.NewInfo(".", n, 0, false, time.Time{})
 	}
-	return &fileInfo{name: fsName(n), node: n}
+	return infoNamed(fsName(n), n)
 }
 
-// fileInfo is both the fs.FileInfo and the fs.DirEntry of a node.
-type fileInfo struct {
-	name string
-	node *Node
+// infoNamed describes what has an entry, by the name that io/fs sees.
+func infoNamed(name string, n *Node) *iofs.Info {
+	return iofs.NewInfo(name, n, n.Size(), n.Entry.Attr()&AttrReadOnly != 0, n.Entry.ModTime())
 }
-
-// Name implements fs.FileInfo and fs.DirEntry.
-func (i *fileInfo) Name() string { return i.name }
-
-// IsDir implements fs.FileInfo and fs.DirEntry.
-func (i *fileInfo) IsDir() bool { return i.node.IsDir() }
-
-// Type implements fs.DirEntry.
-func (i *fileInfo) Type() fs.FileMode { return i.Mode().Type() }
-
-// Info implements fs.DirEntry.
-func (i *fileInfo) Info() (fs.FileInfo, error) { return i, nil }
-
-// Size implements fs.FileInfo, in bytes; 0 for a directory.
-func (i *fileInfo) Size() int64 { return i.node.Size() }
-
-// Mode implements fs.FileInfo. FAT has no owners: what one may do, all may. The read-only bit of a directory protects
-// nothing on any system (Windows keeps folder settings in it), so it takes no write bits away.
-func (i *fileInfo) Mode() fs.FileMode {
-	switch {
-	case i.IsDir():
-		return fs.ModeDir | 0o755
-	case i.node.Entry.Attr()&AttrReadOnly != 0:
-		return 0o444
-	}
-	return 0o644
-}
-
-// ModTime implements fs.FileInfo; zero for the root, which has no entry.
-func (i *fileInfo) ModTime() time.Time {
-	if i.node.Entry == nil {
-		return time.Time{}
-	}
-	return i.node.Entry.ModTime()
-}
-
-// Sys implements fs.FileInfo; it gives the *Node.
-func (i *fileInfo) Sys() any { return i.node }
-
-// String shows the entry as a line of a listing.
-func (i *fileInfo) String() string { return fs.FormatFileInfo(i) }

@@ -3,6 +3,7 @@ package fatdriver
 import (
 	"bytes"
 	"errors"
+	"espmirror/fatdriver/internal/iofs"
 	"io/fs"
 	"maps"
 	"strings"
@@ -254,7 +255,7 @@ func FuzzOpenScan(f *testing.F) {
 			if err != nil && !damaged && v.geo.Size() <= d.size {
 				t.Fatalf("%s: %v", p, err)
 			}
-			if n := e.(*fileInfo).Size(); err == nil && int64(len(b)) != n {
+			if n := e.(*iofs.Info).Size(); err == nil && int64(len(b)) != n {
 				t.Fatalf("%s: %d bytes of %d", p, len(b), n)
 			}
 			return nil

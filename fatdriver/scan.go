@@ -142,13 +142,7 @@ func (t *Tree) Damage() error { return tree.Damaged(t.Findings, ErrDamaged) }
 
 // Lookup finds a path below the root, without regard to case. "" and "/" are the root; nil means that there is none.
 func (t *Tree) Lookup(path string) *Node {
-	n := t.Root
-	for _, name := range tree.SplitPath(path) {
-		if n = n.Child(name); n == nil {
-			break
-		}
-	}
-	return n
+	return tree.Lookup(t.Root, path, (*Node).Child)
 }
 
 // SplitPath splits a path at slashes and backslashes, and leaves out empty parts.

@@ -176,7 +176,7 @@ func (c *checkedVolume) checkExFAT(v *volume) error {
 			fr.Off = &f.Off
 		}
 		c.Findings = append(c.Findings, fr)
-		if f.Severity == exfat.Damage {
+		if f.Severity == fatdriver.Damage {
 			damage++
 		}
 	}

@@ -22,6 +22,7 @@ import (
 	"unicode/utf8"
 
 	"espmirror/blockdev"
+	volumetree "espmirror/fatdriver/internal/tree"
 	"espmirror/fixtures"
 )
 
@@ -563,7 +564,7 @@ func TestBackupBootRegion(t *testing.T) {
 			}
 			dev.WriteAt(b, c.off)
 			tree := scanOf(t, dev)
-			if !tree.vol.geo.Backup || len(tree.Findings) != 1 || tree.Findings[0].Severity != Warning || tree.Damage() != nil {
+			if !tree.vol.geo.Backup || len(tree.Findings) != 1 || tree.Findings[0].Severity != volumetree.Warning || tree.Damage() != nil {
 				t.Errorf("%s: %v: %v", name, c, tree.Findings)
 			}
 			compare(t, tree, tree.Root, list)
@@ -786,42 +787,42 @@ func TestVolumeFindings(t *testing.T) {
 	}
 	for name, c := range map[string]struct {
 		f    func(b []byte)
-		sev  Severity
+		sev  volumetree.Severity
 		want string
 	}{
-		"dirty":            {func(b []byte) { b[106] |= 2 }, Warning, "dirty"},
-		"medium":           {func(b []byte) { b[106] |= 4 }, Warning, "medium"},
-		"label":            {func(b []byte) { root(b)[1] = 12 }, Warning, "label"},
-		"label max":        {func(b []byte) { root(b)[1] = 255 }, Warning, "label"},
-		"no bitmap":        {func(b []byte) { root(b)[32] = 0x01 }, Damage, "no allocation bitmap"},
-		"second bitmap":    {func(b []byte) { root(b)[33] = 1 }, Damage, "allocation bitmap 1"},
-		"short bitmap":     {func(b []byte) { le.PutUint64(root(b)[32+24:], 1) }, Damage, "has 1 bytes"},
-		"huge bitmap":      {func(b []byte) { le.PutUint64(root(b)[32+24:], 1<<64-1) }, Damage, "ends after"},
-		"bitmap at 0":      {func(b []byte) { le.PutUint32(root(b)[32+20:], 0) }, Damage, "is outside"},
-		"empty bitmap":     {func(b []byte) { clear(b[bitmapAt(b):][:64]) }, Damage, "free in the allocation bitmap"},
-		"no table":         {func(b []byte) { root(b)[64] = 0x02 }, Damage, "there is none"},
-		"table checksum":   {func(b []byte) { root(b)[64+4]++ }, Damage, "checksum"},
-		"table changed":    {func(b []byte) { b[bitmapAt(b)+4096+100]++ }, Damage, "checksum"},
-		"table of nothing": {func(b []byte) { le.PutUint64(root(b)[64+24:], 0) }, Damage, "has 0 bytes"},
-		"table huge":       {func(b []byte) { le.PutUint64(root(b)[64+24:], 1<<17+2) }, Damage, "bytes, want"},
-		"table at max":     {func(b []byte) { le.PutUint32(root(b)[64+20:], 1<<32-1) }, Damage, "is outside"},
+		"dirty":            {func(b []byte) { b[106] |= 2 }, volumetree.Warning, "dirty"},
+		"medium":           {func(b []byte) { b[106] |= 4 }, volumetree.Warning, "medium"},
+		"label":            {func(b []byte) { root(b)[1] = 12 }, volumetree.Warning, "label"},
+		"label max":        {func(b []byte) { root(b)[1] = 255 }, volumetree.Warning, "label"},
+		"no bitmap":        {func(b []byte) { root(b)[32] = 0x01 }, volumetree.Damage, "no allocation bitmap"},
+		"second bitmap":    {func(b []byte) { root(b)[33] = 1 }, volumetree.Damage, "allocation bitmap 1"},
+		"short bitmap":     {func(b []byte) { le.PutUint64(root(b)[32+24:], 1) }, volumetree.Damage, "has 1 bytes"},
+		"huge bitmap":      {func(b []byte) { le.PutUint64(root(b)[32+24:], 1<<64-1) }, volumetree.Damage, "ends after"},
+		"bitmap at 0":      {func(b []byte) { le.PutUint32(root(b)[32+20:], 0) }, volumetree.Damage, "is outside"},
+		"empty bitmap":     {func(b []byte) { clear(b[bitmapAt(b):][:64]) }, volumetree.Damage, "free in the allocation bitmap"},
+		"no table":         {func(b []byte) { root(b)[64] = 0x02 }, volumetree.Damage, "there is none"},
+		"table checksum":   {func(b []byte) { root(b)[64+4]++ }, volumetree.Damage, "checksum"},
+		"table changed":    {func(b []byte) { b[bitmapAt(b)+4096+100]++ }, volumetree.Damage, "checksum"},
+		"table of nothing": {func(b []byte) { le.PutUint64(root(b)[64+24:], 0) }, volumetree.Damage, "has 0 bytes"},
+		"table huge":       {func(b []byte) { le.PutUint64(root(b)[64+24:], 1<<17+2) }, volumetree.Damage, "bytes, want"},
+		"table at max":     {func(b []byte) { le.PutUint32(root(b)[64+20:], 1<<32-1) }, volumetree.Damage, "is outside"},
 		"table maps a": {func(b []byte) {
 			n := le.Uint64(root(b)[64+24:])
 			table := b[bitmapAt(b)+4096:][:n]
 			i := bytes.Index(table, []byte{'A', 0, 'B', 0})
 			table[i] = 'Z'
 			le.PutUint32(root(b)[64+4:], sum32(table, false))
-		}, Damage, "maps 0x0061"},
+		}, volumetree.Damage, "maps 0x0061"},
 		"root loop": {func(b []byte) {
 			c := le.Uint32(b[96:])
 			le.PutUint32(b[int(le.Uint32(b[80:]))*512+4*int(c):], c)
-		}, Damage, "is a loop"},
+		}, volumetree.Damage, "is a loop"},
 	} {
 		b := image(t, writeVolume(t, layout{size: 2 << 20, sectorShift: 9, clusShift: 3, label: "x"}, everySmall()...))
 		c.f(b)
 		tree := scanOf(t, blockdev.NewMem(b, 512))
 		found := slices.ContainsFunc(tree.Findings, func(f Finding) bool { return f.Severity == c.sev && strings.Contains(f.Msg, c.want) })
-		if !found || (tree.Damage() != nil) != (c.sev == Damage) {
+		if !found || (tree.Damage() != nil) != (c.sev == volumetree.Damage) {
 			t.Errorf("%s: %v", name, tree.Findings)
 		}
 		walkFS(tree)

@@ -5,7 +5,6 @@ import (
 	"io/fs"
 	"slices"
 	"strings"
-	"time"
 
 	"espmirror/fatdriver/internal/iofs"
 )
@@ -20,7 +19,7 @@ import (
 // The result is safe for concurrent use.
 func (t *Tree) FS() fs.FS {
 	f := &treeFS{Root: t.Root, Dirs: map[iofs.Node]*iofs.Index{}, Read: func(n iofs.Node) (*io.SectionReader, error) { return t.Open(n.(*Node)) }, Damaged: ErrDamaged,
-		Fold: func(name string) string { return t.up.fold(units(name)) }, Info: func(n iofs.Node) iofs.Info { return infoOf(n.(*Node)) }}
+		Fold: func(name string) string { return t.up.fold(units(name)) }, Info: func(n iofs.Node) *iofs.Info { return infoOf(n.(*Node)) }}
 	indexDir(f, t.Root)
 	return f
 }
@@ -33,7 +32,7 @@ func indexDir(f *treeFS, dir *Node) {
 	for _, n := range dir.Children {
 		i := infoOf(n)
 		// What io/fs cannot name, a slash among it, is damage that Findings tell of.
-		if k := f.Fold(i.name); d.Names[k] == nil && fs.ValidPath(i.name) && i.name != "." && !strings.Contains(i.name, "/") {
+		if k := f.Fold(i.Name()); d.Names[k] == nil && fs.ValidPath(i.Name()) && i.Name() != "." && !strings.Contains(i.Name(), "/") {
 			d.Names[k] = n
 			d.List = append(d.List, i)
 		}
@@ -44,50 +43,10 @@ func indexDir(f *treeFS, dir *Node) {
 	slices.SortFunc(d.List, func(a, b fs.DirEntry) int { return strings.Compare(a.Name(), b.Name()) })
 }
 
-// fileInfo is both the fs.FileInfo and the fs.DirEntry of a node.
-type fileInfo struct {
-	name string
-	node *Node
-}
-
-func infoOf(n *Node) *fileInfo {
-	if n.Parent == nil {
-		return &fileInfo{".", n}
+func infoOf(n *Node) *iofs.Info {
+	name := "."
+	if n.Parent != nil {
+		name = strings.ToValidUTF8(n.name, "\uFFFD")
 	}
-	return &fileInfo{strings.ToValidUTF8(n.name, "\uFFFD"), n}
+	return iofs.NewInfo(name, n, n.Size(), n.Attr&AttrReadOnly != 0, n.Modified)
 }
-
-// Name implements fs.FileInfo and fs.DirEntry.
-func (i *fileInfo) Name() string { return i.name }
-
-// IsDir implements fs.FileInfo and fs.DirEntry.
-func (i *fileInfo) IsDir() bool { return i.node.IsDir() }
-
-// Type implements fs.DirEntry.
-func (i *fileInfo) Type() fs.FileMode { return i.Mode().Type() }
-
-// Info implements fs.DirEntry.
-func (i *fileInfo) Info() (fs.FileInfo, error) { return i, nil }
-
-// Size implements fs.FileInfo, in bytes; 0 for a directory.
-func (i *fileInfo) Size() int64 { return i.node.Size() }
-
-// Mode implements fs.FileInfo, as package fatdriver has it.
-func (i *fileInfo) Mode() fs.FileMode {
-	switch {
-	case i.IsDir():
-		return fs.ModeDir | 0o755
-	case i.node.Attr&AttrReadOnly != 0:
-		return 0o444
-	}
-	return 0o644
-}
-
-// ModTime implements fs.FileInfo; zero for the root, which has no entry.
-func (i *fileInfo) ModTime() time.Time { return i.node.Modified }
-
-// Sys implements fs.FileInfo; it gives the *Node.
-func (i *fileInfo) Sys() any { return i.node }
-
-// String shows the entry as a line of a listing.
-func (i *fileInfo) String() string { return fs.FormatFileInfo(i) }

@@ -11,18 +11,6 @@ import (
 	"espmirror/fatdriver/internal/tree"
 )
 
-// Severity says what a finding means for somebody who wants to use the volume.
-type Severity = tree.Severity
-
-const (
-	// Note is something unusual that nobody has to mend.
-	Note = tree.Note
-	// Warning is something that fsck.exfat would mend and that harms no reader.
-	Warning = tree.Warning
-	// Damage is something that makes readers disagree or fail. A volume with damage is no source.
-	Damage = tree.Damage
-)
-
 // Finding is one thing that is wrong with a volume, and where; it never names a cluster.
 type Finding = tree.Finding
 
@@ -103,13 +91,7 @@ func (t *Tree) Damage() error { return tree.Damaged(t.Findings, ErrDamaged) }
 
 // Lookup finds a file or directory by its slash-separated path, without regard to case; nil when there is none.
 func (t *Tree) Lookup(path string) *Node {
-	n := t.Root
-	for _, name := range tree.SplitPath(path) {
-		if n = n.Child(name); n == nil {
-			break
-		}
-	}
-	return n
+	return tree.Lookup(t.Root, path, (*Node).Child)
 }
 
 // Open returns the content of a file of the tree. Bytes that were never written read as zeros (7.6.5).
@@ -145,12 +127,12 @@ const maxDepth = 256
 // maxFindings bounds what a hostile volume can make us keep.
 const maxFindings = 10_000
 
-func (t *Tree) note(s Severity, path string, off int64, format string, a ...any) {
+func (t *Tree) note(s tree.Severity, path string, off int64, format string, a ...any) {
 	switch {
 	case len(t.Findings) < maxFindings:
 		t.Findings = append(t.Findings, Finding{Severity: s, Path: path, Off: off, Msg: fmt.Sprintf(format, a...)})
 	case len(t.Findings) == maxFindings:
-		t.Findings = append(t.Findings, Finding{Severity: Damage, Off: -1, Msg: "there are more findings than can be listed"})
+		t.Findings = append(t.Findings, Finding{Severity: tree.Damage, Off: -1, Msg: "there are more findings than can be listed"})
 	}
 }
 
@@ -177,13 +159,13 @@ func (v *Volume) Scan() (*Tree, error) {
 	s.used = s.k.used
 	s.Root = &Node{tree: s.Tree, Attr: attrDir, at: place{off: -1}}
 	if v.note != "" {
-		s.note(Warning, "", -1, "the main boot region cannot be used, its backup can: %s", v.note)
+		s.note(tree.Warning, "", -1, "the main boot region cannot be used, its backup can: %s", v.note)
 	}
 	if v.geo.Dirty {
-		s.note(Warning, "", -1, "the volume is marked dirty: a writer was interrupted, or is at work")
+		s.note(tree.Warning, "", -1, "the volume is marked dirty: a writer was interrupted, or is at work")
 	}
 	if v.geo.MediaFailure {
-		s.note(Warning, "", -1, "the volume is marked as one whose medium has failed")
+		s.note(tree.Warning, "", -1, "the volume is marked as one whose medium has failed")
 	}
 	if err := s.root(); err != nil {
 		return nil, fmt.Errorf("cannot read the tree: %w", err)
@@ -207,7 +189,7 @@ func (s *scanner) root() error {
 	}
 	if err != nil {
 		s.Root.err = err
-		s.note(Damage, "/", -1, "%v", err)
+		s.note(tree.Damage, "/", -1, "%v", err)
 		return nil
 	}
 	s.Root.runs = runs
@@ -244,19 +226,19 @@ func (s *scanner) list(dir *Node) error {
 			dir.Children = append(dir.Children, s.file(dir, e, at))
 		case kindBitmap:
 			if len(s.bitmaps) == s.vol.geo.NumFATs {
-				s.note(Damage, "", at.off, "there are more than %d allocation bitmaps", s.vol.geo.NumFATs)
+				s.note(tree.Damage, "", at.off, "there are more than %d allocation bitmaps", s.vol.geo.NumFATs)
 				break
 			}
 			s.bitmaps = append(s.bitmaps, *e)
 		case kindUpcase:
 			if len(s.upcases) == 1 {
-				s.note(Damage, "", at.off, "there is more than one up-case table")
+				s.note(tree.Damage, "", at.off, "there is more than one up-case table")
 				break
 			}
 			s.upcases = append(s.upcases, *e)
 		case kindLabel:
 			if e.units > maxLabel {
-				s.note(Warning, "", at.off, "the label has %d characters, at most %d are possible", e.units, maxLabel)
+				s.note(tree.Warning, "", at.off, "the label has %d characters, at most %d are possible", e.units, maxLabel)
 			} else {
 				s.Label = fromUnits(toUnits(e.label[:], int(e.units)))
 			}
@@ -265,7 +247,7 @@ func (s *scanner) list(dir *Node) error {
 		}
 		return nil
 	}, func(at place, why string) {
-		s.note(Damage, path, at.off, "%s", why)
+		s.note(tree.Damage, path, at.off, "%s", why)
 	})
 }
 
@@ -276,7 +258,7 @@ func (s *scanner) file(dir *Node, e *entry, at place) *Node {
 	u := toUnits(e.name, e.nameLength)
 	n.name = fromUnits(u)
 	if why := badName(u); why != "" {
-		s.note(Damage, "/"+dir.Path(), at.off, "%s", why)
+		s.note(tree.Damage, "/"+dir.Path(), at.off, "%s", why)
 		n.err = errors.New(why)
 	}
 	return n
@@ -289,7 +271,7 @@ func (s *scanner) loadBitmap() error {
 		e := &s.bitmaps[i]
 		which := int(e.bitmap & 1)
 		if which >= s.vol.geo.NumFATs || e.length < uint64(want) {
-			s.note(Damage, "", -1, "allocation bitmap %d has %d bytes, want %d, on a volume with %d FATs", which, e.length, want, s.vol.geo.NumFATs)
+			s.note(tree.Damage, "", -1, "allocation bitmap %d has %d bytes, want %d, on a volume with %d FATs", which, e.length, want, s.vol.geo.NumFATs)
 			continue
 		}
 		runs, tail, err := s.k.chain(e.first, s.k.need(e.length), false)
@@ -297,10 +279,10 @@ func (s *scanner) loadBitmap() error {
 			return err
 		}
 		if err == nil && tail != "" {
-			s.note(Warning, "", -1, "allocation bitmap %d: %s", which, tail)
+			s.note(tree.Warning, "", -1, "allocation bitmap %d: %s", which, tail)
 		}
 		if err != nil {
-			s.note(Damage, "", -1, "allocation bitmap %d: %v", which, err)
+			s.note(tree.Damage, "", -1, "allocation bitmap %d: %v", which, err)
 			continue
 		}
 		s.system = append(s.system, runs...)
@@ -309,7 +291,7 @@ func (s *scanner) loadBitmap() error {
 		}
 	}
 	if s.bits == nil {
-		s.note(Damage, "", -1, "there is no allocation bitmap that can be used")
+		s.note(tree.Damage, "", -1, "there is no allocation bitmap that can be used")
 	}
 	return nil
 }
@@ -317,7 +299,7 @@ func (s *scanner) loadBitmap() error {
 // loadUpcase reads the up-case table (7.2).
 func (s *scanner) loadUpcase() error {
 	bad := func(format string, a ...any) error {
-		s.note(Damage, "", -1, "the up-case table: "+format, a...)
+		s.note(tree.Damage, "", -1, "the up-case table: "+format, a...)
 		return nil
 	}
 	if len(s.upcases) == 0 {
@@ -335,7 +317,7 @@ func (s *scanner) loadUpcase() error {
 		return bad("%v", err)
 	}
 	if tail != "" {
-		s.note(Warning, "", -1, "the up-case table: %s", tail)
+		s.note(tree.Warning, "", -1, "the up-case table: %s", tail)
 	}
 	s.system = append(s.system, runs...)
 	b := make([]byte, e.length)
@@ -360,7 +342,7 @@ func (s *scanner) checkBitmap(n *Node, runs []run) error {
 	}
 	c, err := s.bits.free(runs)
 	if c != 0 && err == nil {
-		s.note(Damage, "/"+n.Path(), -1, "cluster %d is in use, and free in the allocation bitmap", c)
+		s.note(tree.Damage, "/"+n.Path(), -1, "cluster %d is in use, and free in the allocation bitmap", c)
 	}
 	return err
 }
@@ -371,10 +353,10 @@ func (s *scanner) walk(dir *Node, depth int) error {
 	for _, n := range dir.Children {
 		key := s.up.fold(units(n.name))
 		if h := nameHash(key); s.folds && h != n.hash {
-			s.note(Damage, "/"+n.Path(), n.at.off, "the hash of the name is 0x%04x, want 0x%04x", n.hash, h)
+			s.note(tree.Damage, "/"+n.Path(), n.at.off, "the hash of the name is 0x%04x, want 0x%04x", n.hash, h)
 		}
 		if other := dir.byName[key]; other != nil {
-			s.note(Damage, "/"+n.Path(), n.at.off, "the name equals that of the entry at offset 0x%x", other.at.off)
+			s.note(tree.Damage, "/"+n.Path(), n.at.off, "the name equals that of the entry at offset 0x%x", other.at.off)
 		} else {
 			dir.byName[key] = n
 		}
@@ -388,7 +370,7 @@ func (s *scanner) walk(dir *Node, depth int) error {
 		s.Dirs++
 		if n.err == nil && depth == maxDepth {
 			n.err = fmt.Errorf("directories nest deeper than %d levels", maxDepth)
-			s.note(Damage, "/"+n.Path(), n.at.off, "%v", n.err)
+			s.note(tree.Damage, "/"+n.Path(), n.at.off, "%v", n.err)
 		}
 		if n.err != nil {
 			continue
@@ -410,7 +392,7 @@ func (s *scanner) allocation(n *Node) error {
 	}
 	bad := func(format string, a ...any) error {
 		n.err = fmt.Errorf(format, a...)
-		s.note(Damage, "/"+n.Path(), n.at.off, "%v", n.err)
+		s.note(tree.Damage, "/"+n.Path(), n.at.off, "%v", n.err)
 		return nil
 	}
 	switch {
@@ -421,7 +403,7 @@ func (s *scanner) allocation(n *Node) error {
 	case n.IsDir() && (n.size > maxDir || n.size%uint64(s.vol.geo.ClusterSize) != 0):
 		return bad("a directory has %d bytes, want whole clusters of %d bytes and at most %d", n.size, s.vol.geo.ClusterSize, maxDir)
 	case n.size == 0 && n.first != 0:
-		s.note(Note, "/"+n.Path(), n.at.off, "it is empty, and has cluster %d", n.first)
+		s.note(tree.Note, "/"+n.Path(), n.at.off, "it is empty, and has cluster %d", n.first)
 		return nil
 	case n.size == 0:
 		return nil
@@ -443,7 +425,7 @@ func (s *scanner) allocation(n *Node) error {
 		return bad("%w", err)
 	}
 	if tail != "" {
-		s.note(Warning, "/"+n.Path(), -1, "%s", tail)
+		s.note(tree.Warning, "/"+n.Path(), -1, "%s", tail)
 	}
 	return s.checkBitmap(n, n.runs)
 }

@@ -15,12 +15,6 @@ type Node interface {
 	Err() error // why the content cannot be read, nil when it can
 }
 
-// Info is what there is to know about a node.
-type Info interface {
-	fs.FileInfo
-	fs.DirEntry
-}
-
 // Index is the index of one directory.
 type Index struct {
 	List  []fs.DirEntry   // sorted by name
@@ -32,7 +26,7 @@ type FS struct {
 	Root    Node
 	Dirs    map[Node]*Index
 	Fold    func(name string) string
-	Info    func(Node) Info
+	Info    func(Node) *Info
 	Read    func(Node) (*io.SectionReader, error)
 	Damaged error // what the error wraps of a node that cannot be read
 }

@@ -77,3 +77,14 @@ func Damaged(findings []Finding, damaged error) error {
 func SplitPath(path string) []string {
 	return strings.FieldsFunc(path, func(r rune) bool { return r == '/' || r == '\\' })
 }
+
+// Lookup finds a path below the root. "" and "/" are the root; the zero value means that there is none.
+func Lookup[N comparable](root N, path string, child func(dir N, name string) N) N {
+	var none N
+	for _, name := range SplitPath(path) {
+		if root = child(root, name); root == none {
+			break
+		}
+	}
+	return root
+}
