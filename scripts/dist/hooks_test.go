@@ -126,22 +126,7 @@ func TestDebianHooks(t *testing.T) {
 func TestPacmanHook(t *testing.T) {
 	t.Parallel()
 	m := newMachine(t)
-	text := m.read(m.path("usr/share/libalpm/hooks/zzz-espmirror.hook"))
-	fields := map[string][]string{}
-	section := ""
-	for line := range strings.Lines(text) {
-		line = strings.TrimSpace(line)
-		name, value, found := strings.Cut(line, " = ")
-		switch {
-		case line == "" || line[0] == '#':
-		case line[0] == '[':
-			section = strings.Trim(line, "[]")
-		case !found:
-			t.Errorf("not understood: %q", line)
-		default:
-			fields[section+"."+name] = append(fields[section+"."+name], value)
-		}
-	}
+	fields := readUnit(t, m.path("usr/share/libalpm/hooks/zzz-espmirror.hook"))
 	want := map[string]string{"Trigger.Type": "[Path]", "Trigger.Operation": "[Install Upgrade Remove]", "Action.When": "[PostTransaction]",
 		"Action.Exec": "[" + m.lib("queue-sync") + " --last]"}
 	for name, value := range want {

@@ -13,7 +13,8 @@ import (
 	"time"
 )
 
-// unit is a unit file: "Section.Name" → its values, in order.
+// unit is a unit file, or a hook of pacman, which is written alike: "Section.Name" → its values, in order. Both programs
+// ignore spaces around the "=".
 type unit map[string][]string
 
 func readUnit(t *testing.T, path string) unit {
@@ -34,7 +35,8 @@ func readUnit(t *testing.T, path string) unit {
 		case !found:
 			t.Errorf("%s: not understood: %q", path, line)
 		default:
-			u[section+"."+name] = append(u[section+"."+name], value)
+			name = section + "." + strings.TrimSpace(name)
+			u[name] = append(u[name], strings.TrimSpace(value))
 		}
 	}
 	return u
