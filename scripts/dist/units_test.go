@@ -11,6 +11,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"espmirror/fixtures"
 )
 
 // unit is a unit file, or a hook of pacman, which is written alike: "Section.Name" → its values, in order. Both programs
@@ -319,12 +321,7 @@ func TestCommandLines(t *testing.T) {
 		t.Errorf("found only %q", slices.Collect(maps.Keys(lines)))
 	}
 	dir := t.TempDir()
-	bin := filepath.Join(dir, "espmirror")
-	build := exec.Command("go", "build", "-o", bin, "espmirror/cmd/espmirror")
-	build.Env = append(build.Environ(), "CGO_ENABLED=0")
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("cannot build: %s", out)
-	}
+	bin := fixtures.Build(t, dir, "cmd/espmirror")
 	help, _ := exec.Command(bin, "--help").CombinedOutput()
 	for line := range lines {
 		t.Run(line, func(t *testing.T) {
