@@ -579,7 +579,6 @@ func TestInstall(t *testing.T) {
 			t.Fatalf("%v\n%s", err, out)
 		}
 	}
-	var files []string
 	list := func() (files []string) {
 		filepath.WalkDir(dir+"/root", func(path string, d fs.DirEntry, err error) error {
 			if err == nil && !d.IsDir() {
@@ -590,7 +589,7 @@ func TestInstall(t *testing.T) {
 		return files
 	}
 	call("install", "PREFIX=/usr", "FORMATS=deb")
-	files = list()
+	files := list()
 	placeholder := regexp.MustCompile(`@[A-Z]+@`)
 	for _, f := range files {
 		info, err := os.Lstat(dir + "/root" + f)
