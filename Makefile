@@ -66,7 +66,7 @@ crash: judges ## power cuts by the million, with every judge; goes on where it w
 kill-test: build judges ## kill -9 of sync at ROUNDS (200) random moments on a loop device; needs root
 	@scripts/kill-test.sh $(ROUNDS)
 
-vm: build judges packages ## boots in virtual machines with our package, as a table and in docs/vm.md; needs root, 20 minutes; VMFLAGS="-only a,f"
+vm: build judges packages ## boots in virtual machines with our package, as a table and in docs/vm.md; needs root, half an hour; VMFLAGS="-only a,f"
 	@$(GO) run ./scripts/vm -deb out/packages/espmirror_*.deb -doc docs/vm.md $(VMFLAGS)
 
 # PREFIX, SBINDIR, LIBDIR, UNITDIR, … are explained in scripts/packages/install; `make uninstall` needs the same ones.

@@ -6,6 +6,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"espmirror/fixtures"
 )
 
 func TestDemo(t *testing.T) {
@@ -13,13 +15,7 @@ func TestDemo(t *testing.T) {
 		t.Skip("skipped: demonstration: it builds three programs")
 	}
 	dir := t.TempDir()
-	bin := filepath.Join(dir, "espmirror")
-	build := exec.Command("go", "build", "-o", bin, "espmirror/cmd/espmirror")
-	build.Env = append(build.Environ(), "CGO_ENABLED=0")
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("cannot build: %s", out)
-	}
-	cmd := exec.Command("scripts/demo.sh", bin)
+	cmd := exec.Command("scripts/demo.sh", fixtures.Build(t, dir, "cmd/espmirror"))
 	cmd.Dir = ".."
 	cmd.Env = append(cmd.Environ(), "DEMO_OUT="+filepath.Join(dir, "demo"))
 	out, err := cmd.CombinedOutput()

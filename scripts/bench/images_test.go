@@ -17,10 +17,7 @@ func TestMain(m *testing.M) { os.Exit(fixtures.Main(m)) }
 // TestImages makes two small images by each way, and has them judged.
 func TestImages(t *testing.T) {
 	fixtures.Need(t, "sgdisk", "sfdisk", "mkfs.fat", "fsck.fat", "mcopy")
-	bin := filepath.Join(t.TempDir(), "espmirror")
-	if out, err := exec.Command("go", "build", "-o", bin, "espmirror/cmd/espmirror").CombinedOutput(); err != nil {
-		t.Fatalf("%v: %s", err, out)
-	}
+	bin := fixtures.Build(t, t.TempDir(), "cmd/espmirror")
 	dir := filepath.Join(t.TempDir(), "bench")
 	var out bytes.Buffer
 	if err := run(&out, []string{"-only", "images", "-images", "2", "-image-size", "64", "-image-runs", "1", "-firmware", "0", "-jobs", "1", "-dir", dir, bin}); err != nil {

@@ -75,11 +75,7 @@ func (m *machine) story(format string, a ...any) {
 func build(t *testing.T) string {
 	dir := t.TempDir()
 	for _, p := range []string{"cmd/espmirror", "fixtures/mkdisk", "fixtures/powercut"} {
-		c := exec.Command("go", "build", "-o", filepath.Join(dir, filepath.Base(p)+".bin"), "espmirror/"+p)
-		c.Env = append(c.Environ(), "CGO_ENABLED=0")
-		if out, err := c.CombinedOutput(); err != nil {
-			t.Fatalf("cannot build %s: %v\n%s", p, err, out)
-		}
+		fixtures.Build(t, dir, p)
 	}
 	return dir
 }
@@ -96,10 +92,10 @@ func newMachine(t *testing.T, bin string, loops bool) *machine {
 	m.write(filepath.Join(m.root, "proc/swaps"), "")
 	// So that a command can be run as a message prints it.
 	for _, p := range []string{"espmirror", "powercut"} {
-		script := fmt.Sprintf("#!/bin/sh\nexec %s/%s.bin --system-root=%s \"$@\"\n", bin, p, m.root)
+		script := fmt.Sprintf("#!/bin/sh\nexec %s/%s --system-root=%s \"$@\"\n", bin, p, m.root)
 		m.must(os.WriteFile(filepath.Join(m.path, p), []byte(script), 0o755))
 	}
-	m.must(os.Symlink(filepath.Join(bin, "mkdisk.bin"), filepath.Join(m.path, "mkdisk")))
+	m.must(os.Symlink(filepath.Join(bin, "mkdisk"), filepath.Join(m.path, "mkdisk")))
 	return m
 }
 

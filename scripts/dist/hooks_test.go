@@ -2,6 +2,7 @@ package dist
 
 import (
 	"fmt"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
@@ -11,6 +12,17 @@ import (
 
 // misbehaviours is what a program of ours may do without a hook failing, and for how long the hook may then take.
 var misbehaviours = map[string]time.Duration{"0": soon, "1": soon, "3": soon, "6": soon, "139": soon, "crash": soon, "hang": 20 * time.Second}
+
+// forMisbehaviours runs a test on a machine of its own for each; run is m.run with the program told so, and the limit kept.
+func forMisbehaviours(t *testing.T, test func(t *testing.T, m *machine, do string, run func(command ...string) string)) {
+	for do, limit := range misbehaviours {
+		t.Run(do, func(t *testing.T) {
+			t.Parallel()
+			m := newMachine(t)
+			test(t, m, do, func(command ...string) string { return m.run(limit, []string{"FAKE_DO=" + do}, command...) })
+		})
+	}
+}
 
 // TestKernelInstall runs the real kernel-install with a plugin that writes a kernel, ours, and one that comes later.
 func TestKernelInstall(t *testing.T) {
@@ -126,22 +138,7 @@ func TestDebianHooks(t *testing.T) {
 func TestPacmanHook(t *testing.T) {
 	t.Parallel()
 	m := newMachine(t)
-	text := m.read(m.path("usr/share/libalpm/hooks/zzz-espmirror.hook"))
-	fields := map[string][]string{}
-	section := ""
-	for line := range strings.Lines(text) {
-		line = strings.TrimSpace(line)
-		name, value, found := strings.Cut(line, " = ")
-		switch {
-		case line == "" || line[0] == '#':
-		case line[0] == '[':
-			section = strings.Trim(line, "[]")
-		case !found:
-			t.Errorf("not understood: %q", line)
-		default:
-			fields[section+"."+name] = append(fields[section+"."+name], value)
-		}
-	}
+	fields := readUnit(t, m.path("usr/share/libalpm/hooks/zzz-espmirror.hook"))
 	want := map[string]string{"Trigger.Type": "[Path]", "Trigger.Operation": "[Install Upgrade Remove]", "Action.When": "[PostTransaction]",
 		"Action.Exec": "[" + m.lib("queue-sync") + " --last]"}
 	for name, value := range want {
@@ -169,20 +166,16 @@ func TestPacmanHook(t *testing.T) {
 func TestInitrdRun(t *testing.T) {
 	t.Parallel()
 	forShells(t, func(t *testing.T, shell []string) {
-		for do, limit := range misbehaviours {
-			t.Run(do, func(t *testing.T) {
-				t.Parallel()
-				m := newMachine(t)
-				start := time.Now()
-				out := m.run(limit, []string{"FAKE_DO=" + do}, append(shell, m.lib("initrd-run"))...)
-				if calls := m.calls("espmirror"); len(calls) != 1 || calls[0] != "early --kmsg" || out != "" {
-					t.Errorf("ran %q, says %q", calls, out)
-				}
-				if took := time.Since(start); do == "hang" && took < 900*time.Millisecond {
-					t.Errorf("was given up after %v", took)
-				}
-			})
-		}
+		forMisbehaviours(t, func(t *testing.T, m *machine, do string, run func(command ...string) string) {
+			start := time.Now()
+			out := run(append(shell, m.lib("initrd-run"))...)
+			if calls := m.calls("espmirror"); len(calls) != 1 || calls[0] != "early --kmsg" || out != "" {
+				t.Errorf("ran %q, says %q", calls, out)
+			}
+			if took := time.Since(start); do == "hang" && took < 900*time.Millisecond {
+				t.Errorf("was given up after %v", took)
+			}
+		})
 		// What found nothing wrong, or nothing new, is not done again.
 		m := newMachine(t)
 		again := func(want int, what string) {
@@ -324,28 +317,24 @@ func link(t *testing.T, target, name string) {
 func TestDracutHook(t *testing.T) {
 	t.Parallel()
 	forShells(t, func(t *testing.T, shell []string) {
-		for do, limit := range misbehaviours {
-			t.Run(do, func(t *testing.T) {
-				t.Parallel()
-				m := newMachine(t)
-				m.write("init", "set >\"$1.before\"\n. \"$2\"\nset >\"$1.after\"\necho alive\n", 0o755)
-				out := m.run(limit, []string{"FAKE_DO=" + do}, append(shell, m.path("init"), m.path("vars"), m.path("usr/lib/dracut/modules.d/91espmirror/espmirror.sh"))...)
-				if out != "alive\n" || len(m.calls("espmirror")) != 1 {
-					t.Errorf("says %q, ran %q", out, m.calls("espmirror"))
-				}
-				vars := func(name string) (kept []string) {
-					for line := range strings.Lines(m.read(m.path(name))) {
-						if !strings.HasPrefix(line, "_=") && !strings.HasPrefix(line, "PPID=") && !strings.HasPrefix(line, "LINENO=") {
-							kept = append(kept, line)
-						}
+		forMisbehaviours(t, func(t *testing.T, m *machine, _ string, run func(command ...string) string) {
+			m.write("init", "set >\"$1.before\"\n. \"$2\"\nset >\"$1.after\"\necho alive\n", 0o755)
+			out := run(append(shell, m.path("init"), m.path("vars"), m.path("usr/lib/dracut/modules.d/91espmirror/espmirror.sh"))...)
+			if out != "alive\n" || len(m.calls("espmirror")) != 1 {
+				t.Errorf("says %q, ran %q", out, m.calls("espmirror"))
+			}
+			vars := func(name string) (kept []string) {
+				for line := range strings.Lines(m.read(m.path(name))) {
+					if !strings.HasPrefix(line, "_=") && !strings.HasPrefix(line, "PPID=") && !strings.HasPrefix(line, "LINENO=") {
+						kept = append(kept, line)
 					}
-					return kept
 				}
-				if before, after := vars("vars.before"), vars("vars.after"); fmt.Sprint(before) != fmt.Sprint(after) {
-					t.Errorf("it changes variables:\n%s\n%s", before, after)
-				}
-			})
-		}
+				return kept
+			}
+			if before, after := vars("vars.before"), vars("vars.after"); fmt.Sprint(before) != fmt.Sprint(after) {
+				t.Errorf("it changes variables:\n%s\n%s", before, after)
+			}
+		})
 	})
 }
 
@@ -389,11 +378,9 @@ check && depends && installkernel && install && echo included
 			if hook != nil || len(simple) != 2 || simple[1] != unit {
 				t.Errorf("with systemd: hooks %q, installs %q", hook, simple)
 			}
-			if target, err := filepath.EvalSymlinks(wants); err == nil {
-				t.Errorf("the stub installs nothing, but %s exists", target)
-			}
-			if !m.exists("initrd/usr/lib/systemd/system/initrd.target.wants/espmirror-initrd.service") {
-				t.Error("initrd.target does not want the unit")
+			// The stub of inst_simple installs nothing, so that the link leads to where the unit would be.
+			if target, err := os.Readlink(wants); err != nil || target != "../espmirror-initrd.service" {
+				t.Errorf("initrd.target does not want the unit: %q, %v", target, err)
 			}
 		}
 	}

@@ -11,9 +11,12 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"espmirror/fixtures"
 )
 
-// unit is a unit file: "Section.Name" → its values, in order.
+// unit is a unit file, or a hook of pacman, which is written alike: "Section.Name" → its values, in order. Both programs
+// ignore spaces around the "=".
 type unit map[string][]string
 
 func readUnit(t *testing.T, path string) unit {
@@ -34,7 +37,8 @@ func readUnit(t *testing.T, path string) unit {
 		case !found:
 			t.Errorf("%s: not understood: %q", path, line)
 		default:
-			u[section+"."+name] = append(u[section+"."+name], value)
+			name = section + "." + strings.TrimSpace(name)
+			u[name] = append(u[name], strings.TrimSpace(value))
 		}
 	}
 	return u
@@ -187,7 +191,7 @@ func TestBootIsNotDelayed(t *testing.T) {
 				t.Errorf("%s holds up %s", name, target)
 			}
 		}
-		if strings.HasSuffix(name, ".service") && u["Service.TimeoutStartSec"] == nil && u["Service.ExecStop"] == nil && name != "espmirror-late.service" {
+		if strings.HasSuffix(name, ".service") && u["Service.TimeoutStartSec"] == nil && u["Service.ExecStop"] == nil {
 			t.Errorf("%s may take for ever", name)
 		}
 		if slices.Contains(u["Unit.DefaultDependencies"], "no") {
@@ -317,12 +321,7 @@ func TestCommandLines(t *testing.T) {
 		t.Errorf("found only %q", slices.Collect(maps.Keys(lines)))
 	}
 	dir := t.TempDir()
-	bin := filepath.Join(dir, "espmirror")
-	build := exec.Command("go", "build", "-o", bin, "espmirror/cmd/espmirror")
-	build.Env = append(build.Environ(), "CGO_ENABLED=0")
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("cannot build: %s", out)
-	}
+	bin := fixtures.Build(t, dir, "cmd/espmirror")
 	help, _ := exec.Command(bin, "--help").CombinedOutput()
 	for line := range lines {
 		t.Run(line, func(t *testing.T) {

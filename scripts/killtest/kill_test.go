@@ -90,10 +90,7 @@ func TestKill(t *testing.T) {
 	}
 	rng := rand.New(rand.NewPCG(seed, 0))
 	dir := t.TempDir()
-	bin := filepath.Join(dir, "espmirror")
-	if out, err := exec.Command("go", "build", "-o", bin, "espmirror/cmd/espmirror").CombinedOutput(); err != nil {
-		t.Fatalf("cannot build: %s", out)
-	}
+	bin := fixtures.Build(t, dir, "cmd/espmirror")
 	var sources []string
 	var trees []map[string]fixtures.JudgedFile
 	for i, g := range generations() {

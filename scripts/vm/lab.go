@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -117,12 +118,9 @@ func (s *scene) need(ok bool, format string, a ...any) {
 // prove is need, with a sentence for the table.
 func (s *scene) prove(ok bool, sentence string) {
 	s.need(ok, "not so: %s", sentence)
-	for _, p := range s.proved {
-		if p == sentence {
-			return
-		}
+	if !slices.Contains(s.proved, sentence) {
+		s.proved = append(s.proved, sentence)
 	}
-	s.proved = append(s.proved, sentence)
 }
 
 // disk is a disk with an ESP, its only partition.
