@@ -119,6 +119,13 @@ func TestRegister(t *testing.T) {
 	if err := CheckVariablesWritable(m.sys); err != nil {
 		t.Fatal(err)
 	}
+	b, err := ReadBootEntries(m.sys)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if r, err := b.Plan(n); err != nil || r.Name() != "Boot0002" || r.What != EntryCreated || r.File() != n.File {
+		t.Errorf("%+v %v", r, err)
+	}
 	r, err := Register(m.sys, n)
 	if err != nil || r.Name() != "Boot0002" || r.What != EntryCreated || !r.Usable() || r.File() != n.File {
 		t.Fatalf("%+v %v", r, err)
@@ -214,6 +221,7 @@ func TestRegisterOrder(t *testing.T) {
 	if v, err = ReadVariable(m.sys, "BootOrder", vendorGlobal); err != nil || v.Attributes != 0x17 || !bytes.Equal(v.Data, order(1, 2)) {
 		t.Errorf("%+v %v", v, err)
 	}
+	m.variable("Boot0009", vendorGlobal, 7, option("", pathPCI, pathEnd))
 	for _, bad := range []NewEntry{
 		{"x", "EFI", thePartition}, {"x", "/A.EFI", HardDrive{1, 1, 1, "deadbeef-05"}}, {"x", "/A.EFI", HardDrive{1, 1, 1, ""}}, {"", "/A.EFI", thePartition},
 		{"x", "/A.EFI", HardDrive{0, 1, 1, thePartition.PartUUID}}, {"x\x00", "/A.EFI", thePartition}, {"x", "/A\x00", thePartition},
