@@ -238,7 +238,7 @@ func open(path string, mode Mode, o options) (*Disk, error) {
 			by = nil // the refusal stands; who holds it is a courtesy
 		}
 		return nil, &BusyError{By: by, Hint: "unmount it or stop what holds it, then try again"}
-	case errors.Is(err, unix.EROFS) || (mode == ReadWrite && errors.Is(err, unix.EACCES) && id.Block && blockIsReadOnly(path)):
+	case errors.Is(err, unix.EROFS):
 		return nil, ErrReadOnly
 	case err != nil:
 		return nil, pathCause(err)

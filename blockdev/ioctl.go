@@ -84,14 +84,3 @@ func forceOrAdvise(force, advise func() error) error {
 	}
 	return err
 }
-
-// blockIsReadOnly asks the device at path whether it is write-protected; unknown counts as no.
-func blockIsReadOnly(path string) bool {
-	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0)
-	if err != nil {
-		return false
-	}
-	defer f.Close()
-	ro, err := ioctlInt(int(f.Fd()), unix.BLKROGET)
-	return err == nil && ro != 0
-}

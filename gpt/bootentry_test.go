@@ -119,6 +119,13 @@ func TestRegister(t *testing.T) {
 	if err := CheckVariablesWritable(m.sys); err != nil {
 		t.Fatal(err)
 	}
+	b, err := ReadBootEntries(m.sys)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if r, err := b.Plan(n); err != nil || r.Name() != "Boot0002" || r.What != EntryCreated || r.File() != n.File {
+		t.Errorf("%+v %v", r, err)
+	}
 	r, err := Register(m.sys, n)
 	if err != nil || r.Name() != "Boot0002" || r.What != EntryCreated || !r.Usable() || r.File() != n.File {
 		t.Fatalf("%+v %v", r, err)
@@ -214,6 +221,7 @@ func TestRegisterOrder(t *testing.T) {
 	if v, err = ReadVariable(m.sys, "BootOrder", vendorGlobal); err != nil || v.Attributes != 0x17 || !bytes.Equal(v.Data, order(1, 2)) {
 		t.Errorf("%+v %v", v, err)
 	}
+	m.variable("Boot0009", vendorGlobal, 7, option("", pathPCI, pathEnd))
 	for _, bad := range []NewEntry{
 		{"x", "EFI", thePartition}, {"x", "/A.EFI", HardDrive{1, 1, 1, "deadbeef-05"}}, {"x", "/A.EFI", HardDrive{1, 1, 1, ""}}, {"", "/A.EFI", thePartition},
 		{"x", "/A.EFI", HardDrive{0, 1, 1, thePartition.PartUUID}}, {"x\x00", "/A.EFI", thePartition}, {"x", "/A\x00", thePartition},
@@ -360,6 +368,63 @@ func TestRegisterFails(t *testing.T) {
 	if v, err := ReadVariable(m.sys, "Boot0002", vendorGlobal); err != nil || !strings.Contains(string(v.Data), "t\x00h\x00e\x00i\x00r\x00s") {
 		t.Error(v, err)
 	}
+}
+
+// TestRegisterMeanwhile has BootOrder fail, or changed by another program, behind the entry.
+func TestRegisterMeanwhile(t *testing.T) {
+	real := efivarOps
+	defer func() { efivarOps = real }()
+	n := &NewEntry{Description: "Linux on x", File: "/A.EFI", Partition: thePartition}
+	// An entry that was there stays, whatever becomes of the order.
+	m := bootMachine(t)
+	if _, err := Register(m.sys, n); err != nil {
+		t.Fatal(err)
+	}
+	m.variable("BootOrder", vendorGlobal, 7, order(1, 3, 0))
+	before := m.hash()
+	efivarOps.write = func(int, []byte) (int, error) { return 0, unix.ENOSPC }
+	_, err := Register(m.sys, n)
+	wantErr(t, err, unix.ENOSPC)
+	if !strings.Contains(err.Error(), "Boot0002 is there, and BootOrder could not be changed") || m.hash() != before {
+		t.Error(err)
+	}
+	for _, c := range []struct {
+		meanwhile []byte // BootOrder
+		want      []byte // afterwards
+		err       error
+	}{
+		{order(1, 2), order(1, 2), nil},    // somebody put it in order
+		{order(3, 1), order(3, 1, 2), nil}, // somebody changed the order
+		{[]byte{1}, []byte{1}, ErrMalformed},
+	} {
+		m = bootMachine(t)
+		efivarOps.write = func(fd int, b []byte) (int, error) {
+			efivarOps = real // the entry alone
+			m.variable("BootOrder", vendorGlobal, 7, c.meanwhile)
+			return real.write(fd, b)
+		}
+		_, err := Register(m.sys, n)
+		if !errors.Is(err, c.err) {
+			t.Errorf("%x: %v", c.meanwhile, err)
+		}
+		if b, err := os.ReadFile(m.sys.Path(efivars + "/BootOrder-" + vendorGlobal)); err != nil || !bytes.Equal(b[4:], c.want) {
+			t.Errorf("%x became %x %v", c.meanwhile, b, err)
+		}
+		if _, err := ReadVariable(m.sys, "Boot0002", vendorGlobal); c.err == nil && err != nil || c.err != nil && !errors.Is(err, ErrNotSet) {
+			t.Errorf("%x: the entry: %v", c.meanwhile, err)
+		}
+	}
+	// A file of our own that neither holds what it should nor goes away.
+	m = bootMachine(t)
+	efivarOps.write = func(int, []byte) (int, error) { return 0, unix.EIO }
+	efivarOps.unlink = func(string) error { return unix.EROFS }
+	_, err = Register(m.sys, n)
+	wantErr(t, err, unix.EIO)
+	if !errors.Is(err, unix.EROFS) || !strings.Contains(err.Error(), "could not be taken back") {
+		t.Error(err)
+	}
+	_, err = Register(nothing(t), n)
+	wantErr(t, err, ErrNoEFI)
 }
 
 // TestImmutable: BootOrder may be protected, and is so again afterwards.

@@ -40,6 +40,8 @@ const (
 type Registered struct {
 	BootEntry
 	What string // EntryThere, EntryOrdered or EntryCreated
+
+	data []byte // of an entry that is to be created
 }
 
 // Plan says what Register would do, and takes the number, so that the next plan gets another one. It returns the errors by
@@ -48,14 +50,15 @@ func (b *BootEntries) Plan(n *NewEntry) (*Registered, error) {
 	if b.orderErr != nil {
 		return nil, b.orderErr // what cannot be read cannot be kept
 	}
-	if _, err := encodeLoadOption(n.Description, &n.Partition, n.File); err != nil {
+	data, err := encodeLoadOption(b.unique(n.Description), &n.Partition, n.File)
+	if err != nil {
 		return nil, err
 	}
 	var r *Registered
 	for _, e := range b.Leading(n.Partition.PartUUID, int(n.Partition.Number)) {
 		// FAT does not tell case apart. One that is in the order comes first here.
 		if r == nil && strings.EqualFold(e.File(), n.File) {
-			r = &Registered{e, EntryOrdered}
+			r = &Registered{BootEntry: e, What: EntryOrdered}
 		}
 	}
 	if r != nil && r.InOrder {
@@ -72,10 +75,13 @@ func (b *BootEntries) Plan(n *NewEntry) (*Registered, error) {
 	if !ok {
 		return nil, errors.New("all numbers of boot entries are taken")
 	}
-	h := n.Partition
-	e := BootEntry{number, false, LoadOption{Attributes: loadOptionActive, Description: b.unique(n.Description), Partition: &h}}
+	o, err := ParseLoadOption(data)
+	if err != nil {
+		return nil, fmt.Errorf("internal error: %w", err)
+	}
+	e := BootEntry{Number: number, LoadOption: *o}
 	b.used[number], b.Entries = true, append(b.Entries, e)
-	return &Registered{e, EntryCreated}, nil
+	return &Registered{e, EntryCreated, data}, nil
 }
 
 // orderBefore is the order that a new entry stands at the end of: BootOrder or, where firmware has none, what was started.
@@ -96,13 +102,13 @@ func (b *BootEntries) free() (uint16, bool) {
 	return 0, false
 }
 
-// unique makes a description that no entry has.
+// unique makes a description that no entry has. None stays none, which is refused.
 func (b *BootEntries) unique(text string) string {
 	taken := func(s string) bool {
 		return slices.ContainsFunc(b.Entries, func(e BootEntry) bool { return e.Description == s })
 	}
 	s := text
-	for n := 2; taken(s); n++ {
+	for n := 2; text != "" && taken(s); n++ {
 		s = fmt.Sprintf("%s %d", text, n)
 	}
 	return s
@@ -128,22 +134,13 @@ func Register(sys blockdev.System, n *NewEntry) (*Registered, error) {
 			return fail(err)
 		}
 		if r.What == EntryCreated {
-			data, err := encodeLoadOption(r.Description, r.Partition, n.File)
-			if err != nil {
-				return fail(err)
-			}
-			err = createVariable(sys, r.Name(), vendorGlobal, data)
+			err := createVariable(sys, r.Name(), vendorGlobal, r.data)
 			if errors.Is(err, unix.EEXIST) && try < 5 {
 				continue // somebody else has just taken the number
 			}
 			if err != nil {
 				return fail(err)
 			}
-			o, err := ParseLoadOption(data)
-			if err != nil {
-				return fail(fmt.Errorf("internal error: %w", err))
-			}
-			r.LoadOption = *o
 		}
 		if r.What == EntryThere {
 			return r, nil

@@ -2,6 +2,7 @@ package gpt
 
 import (
 	"bytes"
+	"cmp"
 	"crypto/rand"
 	"crypto/sha256"
 	"encoding/binary"
@@ -67,7 +68,7 @@ func FreeExtents(size int64, sector int, t *Table) []Extent {
 			taken = append(taken, Extent{t.Partitions[i].Start, t.Partitions[i].Size})
 		}
 	}
-	slices.SortFunc(taken, func(a, b Extent) int { return int(max(-1, min(1, a.Start-b.Start))) })
+	slices.SortFunc(taken, func(a, b Extent) int { return cmp.Compare(a.Start, b.Start) })
 	var free []Extent
 	add := func(from, to int64) {
 		from, to = (from+Align-1)/Align*Align, to/Align*Align
@@ -229,15 +230,9 @@ func (m *memDisk) Close() error                      { return nil }
 // entryBytes encodes a partition as an entry of n bytes. UEFI specification, "GPT Partition Entry".
 func entryBytes(p *Partition, sector, n int) []byte {
 	e := make([]byte, n)
-	put := func(at int, g uuid.UUID) {
-		// The first three fields of a GUID are little endian on disk. UEFI specification, "EFI GUID".
-		for i, j := range [16]int{3, 2, 1, 0, 5, 4, 7, 6, 8, 9, 10, 11, 12, 13, 14, 15} {
-			e[at+i] = g[j]
-		}
-	}
 	le := binary.LittleEndian
-	put(offEntryType, p.Type)
-	put(offEntryGUID, p.GUID)
+	copy(e[offEntryType:], guidToDisk(p.Type))
+	copy(e[offEntryGUID:], guidToDisk(p.GUID))
 	le.PutUint64(e[offEntryStart:], uint64(p.Start)/uint64(sector))
 	le.PutUint64(e[offEntryEnd:], uint64(p.End())/uint64(sector)-1)
 	le.PutUint64(e[offEntryAttributes:], p.Attributes)
@@ -327,7 +322,7 @@ func insert(d blockdev.Device, sector int, p *Partition) (int, error) {
 			}
 			continue
 		}
-		if bytes.Equal(e[offEntryGUID:offEntryStart], entryBytes(p, sector, entrySize)[offEntryGUID:offEntryStart]) {
+		if bytes.Equal(e[offEntryGUID:offEntryStart], guidToDisk(p.GUID)) {
 			return 0, fmt.Errorf("%w: partition %d has the GUID %s", ErrNoRoom, i+1, p.GUID)
 		}
 		start, end := le.Uint64(e[offEntryStart:]), le.Uint64(e[offEntryEnd:])
@@ -518,8 +513,7 @@ func (h *header) differs(o *header) (slot int, ok bool) {
 // inserted says whether the type of an entry is that of an ESP or XBOOTLDR partition, or a part of one.
 func inserted(entry []byte) bool {
 	for _, typ := range []uuid.UUID{TypeESP, TypeXBOOTLDR} {
-		whole := entryBytes(&Partition{Type: typ, Size: 512}, 512, entrySize)[:offEntryGUID]
-		if between(entry[:offEntryGUID], whole, make([]byte, offEntryGUID)) {
+		if between(entry[:offEntryGUID], guidToDisk(typ), make([]byte, offEntryGUID)) {
 			return true
 		}
 	}

@@ -13,6 +13,7 @@ import (
 	"testing"
 
 	"github.com/google/uuid"
+	"golang.org/x/sys/unix"
 
 	"espmirror/blockdev"
 	"espmirror/fixtures"
@@ -364,6 +365,98 @@ func TestInsertCut(t *testing.T) {
 		})
 		if err != nil || seen[1] < 10 || seen[2] < 10 || seen[3] < 10 || unsound < 40 {
 			t.Error(tc, err, seen, unsound)
+		}
+	}
+}
+
+// failsAt lets write or flush number k of a device fail, from 0, the write when some bytes of it are there. told says what it
+// was, and after counts the writes and flushes behind it.
+func failsAt(d blockdev.Device, k, short int) (f *blockdev.Faulty, told *string, after *int) {
+	told, after = new(string), new(int)
+	n := 0
+	return blockdev.NewFaulty(d, func(op blockdev.Op) error {
+		if op.Kind != blockdev.OpWrite && op.Kind != blockdev.OpFlush {
+			return nil
+		}
+		if *told != "" {
+			*after++
+		}
+		if n++; n-1 == k {
+			*told = fmt.Sprintf("%s at 0x%x", op.Kind, op.Off)
+			if op.Kind == blockdev.OpWrite {
+				return &blockdev.ShortWriteError{N: short, Err: unix.EIO}
+			}
+			return unix.EIO
+		}
+		return nil
+	}), told, after
+}
+
+// TestTableFaults lets each write and each flush of Create, Insert and Complete fail: that is told, nothing is written behind
+// it, and what is left is what a cut leaves, so that Complete mends it.
+func TestTableFaults(t *testing.T) {
+	insert := []Partition{{Type: TypeXBOOTLDR, GUID: DeriveGUID("t", "b"), Start: 5 << 20, Size: 1 << 20}}
+	create := func(d blockdev.Device) error { return Create(d, DeriveGUID("t", "disk"), layoutOf(8 << 20)[:1]) }
+	add := func(d blockdev.Device) error {
+		table, err := Read(d)
+		if err == nil {
+			_, err = Insert(d, table, insert)
+		}
+		return err
+	}
+	complete := func(d blockdev.Device) error {
+		_, err := Complete(d)
+		return err
+	}
+	// each runs do once for each operation, which it lets fail, and gives what is left.
+	each := func(name string, base []byte, sector, short int, do func(blockdev.Device) error, left func(k int, b []byte)) {
+		for k := 0; ; k++ {
+			mem := blockdev.NewMem(bytes.Clone(base), sector)
+			d, told, after := failsAt(mem, k, short)
+			err := do(d)
+			if *told == "" {
+				if err != nil || k == 0 {
+					t.Fatalf("%s: %d operations, %v", name, k, err)
+				}
+				return
+			}
+			fixtures.Count("faults", 1)
+			if !errors.Is(err, unix.EIO) || *after > 0 {
+				t.Errorf("%s: %s failed: %v, and %d operations behind it", name, *told, err, *after)
+			}
+			left(k, mem.Bytes())
+		}
+	}
+	for _, c := range []struct{ sector, short int }{{512, 0}, {512, 150}, {4096, 0}, {4096, 150}} { // 150: in the middle of entry 2
+		completions := 0
+		mended := func(name string, b []byte, some bool) {
+			mem := blockdev.NewMem(bytes.Clone(b), c.sector)
+			if _, err := Complete(mem); err != nil {
+				t.Errorf("%s: %v", name, err)
+			}
+			table, err := Read(mem)
+			if errors.Is(err, ErrNoTable) && !some {
+				return
+			}
+			if err != nil || len(table.Problems) > 0 {
+				t.Errorf("%s: %+v %v", name, table, err)
+			}
+		}
+		step := func(name string, some bool) func(int, []byte) {
+			return func(k int, b []byte) {
+				name := fmt.Sprintf("%s, %v, operation %d", name, c, k)
+				mended(name, b, some)
+				if done, err := Complete(blockdev.NewMem(bytes.Clone(b), c.sector)); !done || err != nil {
+					return // there is nothing to complete
+				}
+				completions++
+				each(name+", Complete", b, c.sector, c.short, complete, func(_ int, b []byte) { mended(name+", Complete", b, some) })
+			}
+		}
+		each("Create", make([]byte, 8<<20), c.sector, c.short, create, step("Create", false))
+		each("Insert", madeDisk(t, c.sector), c.sector, c.short, add, step("Insert", true))
+		if completions < 6 {
+			t.Errorf("%v: %d states were completed", c, completions)
 		}
 	}
 }

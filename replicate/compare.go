@@ -155,6 +155,8 @@ func (r *run) lockstep(f *Item, cand []*side, nodes []*fatdriver.Node) error {
 			wg.Add(1)
 			go func() {
 				defer wg.Done()
+				r.turns.take()
+				defer r.turns.done()
 				if len(cand[i].buf) < int(k) {
 					cand[i].buf = make([]byte, chunkSize)
 				}

@@ -272,6 +272,56 @@ func TestSeveralTargets(t *testing.T) {
 	}
 }
 
+// atOnce sees how many targets are at work at a time.
+type atOnce struct {
+	blockdev.Device
+	now, most *atomic.Int32
+}
+
+func (d atOnce) enter() {
+	n := d.now.Add(1)
+	for m := d.most.Load(); n > m && !d.most.CompareAndSwap(m, n); m = d.most.Load() {
+	}
+	time.Sleep(50 * time.Microsecond) // long enough for another one to come in
+}
+
+func (d atOnce) ReadAt(p []byte, off int64) (int, error) {
+	d.enter()
+	defer d.now.Add(-1)
+	return d.Device.ReadAt(p, off)
+}
+
+func (d atOnce) WriteAt(p []byte, off int64) (int, error) {
+	d.enter()
+	defer d.now.Add(-1)
+	return d.Device.WriteAt(p, off)
+}
+
+// TestJobs counts who is at a target, in a first sync, in one that compares contents, and in a verification.
+func TestJobs(t *testing.T) {
+	files := maps.Clone(bootFiles)
+	files["EFI/Linux/big.efi"] = fixtures.Program(strings.Repeat("B", 3<<20))
+	src := newMemSource(files)
+	for _, jobs := range []int{1, 2, 0} {
+		var now, most atomic.Int32
+		var targets []*Target
+		for i := range 3 {
+			targets = append(targets, &Target{Name: fmt.Sprint(i), Dev: atOnce{newVolume(t, geometries[3]), &now, &most}})
+		}
+		sync := func() ([]Result, error) { return Sync(context.Background(), src, targets, Options{Jobs: jobs}) }
+		verify := func() ([]Result, error) { return Verify(context.Background(), src, targets, Options{Jobs: jobs}) }
+		for i, f := range []func() ([]Result, error){sync, sync, verify} {
+			most.Store(0)
+			if _, err := f(); err != nil {
+				t.Fatal(err)
+			}
+			if n := most.Load(); jobs > 0 && n > int32(jobs) || jobs == 0 && n < 2 {
+				t.Errorf("run %d, jobs %d: %d targets at a time", i, jobs, n)
+			}
+		}
+	}
+}
+
 // TestTargetsRefused gives Sync volumes that must not be written to; they stay as they are to the byte.
 func TestTargetsRefused(t *testing.T) {
 	fat32, fat16 := geometries[4], geometries[2]

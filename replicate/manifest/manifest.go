@@ -31,9 +31,9 @@ import (
 	"fmt"
 	"io"
 	"math"
+	"path"
 	"regexp"
 	"slices"
-	"strconv"
 	"strings"
 	"unicode"
 	"unicode/utf8"
@@ -445,7 +445,7 @@ func (t *Tree) check(place string) error {
 			return invalidf(place, "that belongs to one volume alone")
 		}
 		seen[fatdriver.Fold(e.Path)] = true
-		if dir, _, below := cutLast(e.Path); below && !dirs[dir] {
+		if dir := path.Dir(e.Path); dir != "." && !dirs[dir] {
 			return invalidf(place, "the directory that it is in is not there")
 		}
 		switch {
@@ -456,22 +456,13 @@ func (t *Tree) check(place string) error {
 		case e.Size == nil || e.Sum == nil:
 			return invalidf(place, "it is no directory, and has no size or no sum")
 		case *e.Size < 0 || *e.Size > maxFileSize:
-			return invalidf(place, "it has %s bytes, FAT holds at most %d", strconv.FormatInt(*e.Size, 10), int64(maxFileSize))
+			return invalidf(place, "it has %d bytes, FAT holds at most %d", *e.Size, int64(maxFileSize))
 		}
 	}
 	if have := t.listing(); have != t.Digest {
 		return invalidf(place, "the digest of its entries is %s", have)
 	}
 	return nil
-}
-
-// cutLast splits a path at its last slash.
-func cutLast(p string) (dir, name string, ok bool) {
-	i := strings.LastIndexByte(p, '/')
-	if i < 0 {
-		return "", p, false
-	}
-	return p[:i], p[i+1:], true
 }
 
 // checkPath refuses what is no path of one file below the root.

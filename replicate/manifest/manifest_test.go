@@ -197,6 +197,12 @@ func TestOfRefuses(t *testing.T) {
 	if _, err := Of(context.Background(), &replicate.Target{Dev: damaged}, nil); !errors.Is(err, fatdriver.ErrDamaged) {
 		t.Error(err)
 	}
+	// A wrong media byte in the FAT, by which GRUB takes the volume for something else: the tree is as it was.
+	damaged = blockdev.NewMem(bytes.Clone(mem.Bytes()), 512)
+	damaged.Bytes()[vol.Geometry().FATOff] ^= 1
+	if _, err := Of(context.Background(), &replicate.Target{Dev: damaged}, nil); !errors.Is(err, fatdriver.ErrDamaged) || scan(t, damaged).Damage() != nil {
+		t.Error(err)
+	}
 	if _, err := Of(context.Background(), &replicate.Target{Dev: blockdev.NewMem(make([]byte, 1<<20), 512)}, nil); !errors.Is(err, fatdriver.ErrNotFAT) {
 		t.Error(err)
 	}

@@ -161,13 +161,7 @@ func (r *reader) sum(e *Entry) error {
 	return nil
 }
 
-func readError(p string, err error) error {
-	var pe *fs.PathError
-	if errors.As(err, &pe) {
-		err = pe.Err
-	}
-	return fmt.Errorf("cannot read %s: %w", p, err)
-}
+func readError(p string, err error) error { return fmt.Errorf("cannot read %s: %w", p, bare(err)) }
 
 // Compare lists what is on a volume and not in the manifest (extra), the other way round (missing), and what has other
 // content (differs, also a file in the place of a directory), by path. Sizes are those of the manifest, but of what is extra.
