@@ -8,6 +8,7 @@ import (
 	"strings"
 
 	"espmirror/blockdev"
+	"espmirror/fatdriver/internal/tree"
 )
 
 // Report is what Check found out about a volume.
@@ -31,6 +32,9 @@ func (r *Report) Worst() (s Severity, ok bool) {
 	}
 	return s, ok
 }
+
+// Damage returns ErrDamaged with the first finding of that severity, or nil.
+func (r *Report) Damage() error { return tree.Damaged(r.Findings, ErrDamaged) }
 
 // ClusterBytes is the number of bytes in n clusters of the volume.
 func (r *Report) ClusterBytes(n int64) int64 { return n * int64(r.Geometry.ClusterSize) }

@@ -38,13 +38,15 @@ func Of(ctx context.Context, t *replicate.Target, progress func(done, total int6
 	if err != nil {
 		return nil, err
 	}
+	// The tree, and what is outside of it: the boot sector and the FATs.
+	report, err := vol.Check()
+	if err == nil {
+		err = report.Damage()
+	}
+	if err != nil {
+		return nil, err
+	}
 	tree, err := vol.Scan()
-	if err == nil {
-		err = tree.Damage()
-	}
-	if err == nil {
-		err = sound(vol)
-	}
 	if err != nil {
 		return nil, err
 	}
@@ -65,20 +67,6 @@ func Of(ctx context.Context, t *replicate.Target, progress func(done, total int6
 		}
 	}
 	return &Contents{FATType: vol.Geometry().Type.String(), Serial: vol.UUID(), Label: tree.Label, Tree: NewTree(r.entries)}, nil
-}
-
-// sound says what is wrong outside of the tree: in the boot sector and in the FATs.
-func sound(vol *fatdriver.Volume) error {
-	r, err := vol.Check()
-	if err != nil {
-		return err
-	}
-	for _, f := range r.Findings {
-		if f.Severity == fatdriver.Damage {
-			return fmt.Errorf("%w: %s", fatdriver.ErrDamaged, f.String())
-		}
-	}
-	return nil
 }
 
 // reader lists the tree of a volume, then reads its files.
