@@ -85,8 +85,9 @@ func (inv *invocation) newManifest(targets []string) (*manifestOutput, error) {
 	return o, manifest.CheckStore(o.file, o.key != nil)
 }
 
-// write reads the targets again, as many at a time as --jobs says or there are processors, and writes what they hold. Nothing is written when one cannot be read.
-// The error has no exit status of its own: that of a refusal would say that nothing at all was written.
+// write reads the targets again, and writes what they hold; nothing when one cannot be read. As many are read at a time as were
+// written to, or as there are processors where that has no limit. The error has no exit status of its own: that of a refusal would
+// say that nothing at all was written.
 func (o *manifestOutput) write(targets []string) error {
 	if o == nil {
 		return nil
