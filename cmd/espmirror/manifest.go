@@ -10,7 +10,6 @@ import (
 	"fmt"
 	"path/filepath"
 	"runtime"
-	"sync"
 
 	"github.com/urfave/cli/v2"
 
@@ -158,24 +157,11 @@ func (inv *invocation) stateImages(names []string, jobs int, progress func(repli
 	ctx, cancel := context.WithCancel(inv.ctx)
 	defer cancel()
 	out := make([]statedImage, len(names))
-	next := make(chan int)
-	var wg sync.WaitGroup
-	for range max(1, min(jobs, len(names))) {
-		wg.Add(1)
-		go func() {
-			defer wg.Done()
-			for i := range next {
-				if out[i] = inv.stateImage(ctx, names[i], progress); out[i].err != nil {
-					cancel()
-				}
-			}
-		}()
-	}
-	for i := range names {
-		next <- i
-	}
-	close(next)
-	wg.Wait()
+	inParallel(len(names), jobs, func(i int) {
+		if out[i] = inv.stateImage(ctx, names[i], progress); out[i].err != nil {
+			cancel()
+		}
+	})
 	return out
 }
 
