@@ -1174,18 +1174,6 @@ func TestInitLoop(t *testing.T) {
 			t.Fatal(err)
 		}
 		node := loop(t, b, "disk", "--sector-size", sector)
-		t.Cleanup(func() {
-			id, err := blockdev.Identify(node)
-			if err != nil {
-				return
-			}
-			var s blockdev.System
-			if disk, err := s.BlockByNum(id.Dev); err == nil {
-				if err := s.ForgetPartitions(disk); err != nil {
-					t.Error(err)
-				}
-			}
-		})
 		b.run("init", "--primary", "primary.img", "--discard", node).want(0).has("left to do", "efibootmgr --create --disk "+node+" --part 1", `EFI\systemd\systemd-bootx64.efi`)
 		b.run("init", "--primary", "primary.img", "--discard", node).want(0).has("member")
 		if out, err := exec.Command("sgdisk", "-v", node).CombinedOutput(); !errors.Is(err, exec.ErrNotFound) && (err != nil || !strings.Contains(string(out), "No problems found")) {
