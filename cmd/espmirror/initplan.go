@@ -242,8 +242,10 @@ func (p *initPlan) likeDisk(inv *invocation, m *members) error {
 		return refusal{fail(err)}
 	}
 	if p.t.loc != nil {
-		if same, err := gpt.SameVolume(whole, p.t.loc); err != nil || same {
-			return errors.Join(err, usagef("--like=%s is the disk that is to be made", p.o.like))
+		if same, err := gpt.SameVolume(whole, p.t.loc); err != nil {
+			return fail(err)
+		} else if same {
+			return usagef("--like=%s is the disk that is to be made", p.o.like)
 		}
 	}
 	if err := p.clear(); err != nil {
