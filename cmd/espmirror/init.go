@@ -367,7 +367,6 @@ type initPlan struct {
 	done     bool           // the ESP is a member already, or about to be: only the rest of joining is left
 	made     bool
 	err      error // why it was not made
-
 }
 
 // esp is the ESP of the plan.

@@ -1174,18 +1174,6 @@ func TestInitLoop(t *testing.T) {
 			t.Fatal(err)
 		}
 		node := loop(t, b, "disk", "--sector-size", sector)
-		t.Cleanup(func() {
-			id, err := blockdev.Identify(node)
-			if err != nil {
-				return
-			}
-			var s blockdev.System
-			if disk, err := s.BlockByNum(id.Dev); err == nil {
-				if err := s.ForgetPartitions(disk); err != nil {
-					t.Error(err)
-				}
-			}
-		})
 		b.run("init", "--primary", "primary.img", "--discard", node).want(0).has("left to do", "efibootmgr --create --disk "+node+" --part 1", `EFI\systemd\systemd-bootx64.efi`)
 		b.run("init", "--primary", "primary.img", "--discard", node).want(0).has("member")
 		if out, err := exec.Command("sgdisk", "-v", node).CombinedOutput(); !errors.Is(err, exec.ErrNotFound) && (err != nil || !strings.Contains(string(out), "No problems found")) {
@@ -1193,6 +1181,28 @@ func TestInitLoop(t *testing.T) {
 		}
 		b.run("verify", "--primary", "primary.img", "--target", node).want(0)
 		b.run("init", "--primary", "primary.img", "--force", "--new-table", "--no-set", node).want(0)
+		// What comes after the plan is seen before it is discarded.
+		const place = 1<<20 + 1080 // of the magic number of ext4, in the first partition
+		b.app.device = func(d blockdev.Device) blockdev.Device {
+			f, err := os.OpenFile(node, os.O_RDWR, 0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			_, err = f.WriteAt([]byte{0x53, 0xef}, place)
+			if err := errors.Join(err, f.Sync(), f.Close()); err != nil {
+				t.Fatal(err)
+			}
+			return d
+		}
+		if r := b.run("init", "--primary", "primary.img", "--force", "--new-table", "--no-set", "--discard", node); r.code == 0 {
+			t.Error("it was overwritten")
+		} else {
+			r.has(gpt.ErrChanged.Error())
+		}
+		b.app.device = func(d blockdev.Device) blockdev.Device { return d }
+		if image, err := os.ReadFile("disk"); err != nil || image[place] != 0x53 || image[place+1] != 0xef {
+			t.Errorf("it was discarded (%v)", err)
+		}
 		held, err := os.OpenFile(node, os.O_RDWR|os.O_EXCL, 0)
 		if err != nil {
 			t.Fatal(err)

@@ -8,6 +8,7 @@ import (
 	"os"
 	"testing"
 
+	"espmirror/blockdev"
 	"espmirror/fixtures"
 	"espmirror/gpt"
 )
@@ -94,7 +95,7 @@ func TestInitLinks(t *testing.T) {
 
 // TestInitChanged: what came to a target between the plan and the first write is not overwritten.
 func TestInitChanged(t *testing.T) {
-	b := initBench(t, false)
+	initBench(t, false)
 	if err := os.WriteFile("new.img", []byte("somebody's"), 0o644); err != nil {
 		t.Fatal(err)
 	}
@@ -104,7 +105,6 @@ func TestInitChanged(t *testing.T) {
 	if text, _ := os.ReadFile("new.img"); string(text) != "somebody's" {
 		t.Error("it was written to")
 	}
-	_ = b
 	p := &initPlan{found: []gpt.Signature{{Off: 1 << 20, What: "ext4"}}}
 	v := &newVolume{part: gpt.Partition{Number: 1, Start: 1 << 20}}
 	if err := p.known(v, []gpt.Signature{{Off: 0, What: "ext4"}}); err != nil {
@@ -112,6 +112,66 @@ func TestInitChanged(t *testing.T) {
 	}
 	if err := p.known(v, []gpt.Signature{{Off: 1080, What: "ext4"}}); !errors.Is(err, gpt.ErrChanged) {
 		t.Error(err)
+	}
+}
+
+// TestInitChangedDisk: what comes to a disk after the plan is seen before the first write to any part of it.
+func TestInitChangedDisk(t *testing.T) {
+	b := initBench(t, true)
+	const esp = 1 << 20
+	disk := fixtures.DiskSpec{Size: 24 << 20, GUID: pairGUID("d", 0), Parts: []fixtures.PartSpec{
+		{Type: fixtures.TypeESP, GUID: pairGUID("d", 1), Name: "EFI", Off: esp, Size: 8 << 20},
+	}}
+	other := disk
+	other.GUID = pairGUID("e", 0)
+	makeFixture(t, disk, "disk.img")
+	makeFixture(t, other, "other.img")
+	table, err := os.ReadFile("disk.img")
+	if err != nil {
+		t.Fatal(err)
+	}
+	otherTable, err := os.ReadFile("other.img")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ext4 := func(image []byte, at int) []byte {
+		image = bytes.Clone(image)
+		binary.LittleEndian.PutUint16(image[at+1080:], 0xef53)
+		return image
+	}
+	blank := make([]byte, 24<<20)
+	for _, tc := range []struct {
+		what          string
+		args          []string
+		before, after []byte
+	}{
+		// The XBOOTLDR partition, which would come first, is not in the table then.
+		{"the blank ESP", []string{"disk.img"}, table, ext4(table, esp)},
+		{"free space", []string{"disk.img"}, table, ext4(table, esp+8<<20)},
+		{"the partition that is named", []string{"disk.img@@p1"}, table, ext4(table, esp)},
+		{"a partition that is forced", []string{"--force", "disk.img@@p1"}, table, ext4(table, esp)},
+		{"the table", []string{"disk.img"}, table, otherTable},
+		{"no table", []string{"disk.img"}, table, blank},
+		{"a new table", []string{"disk.img"}, blank, table},
+		{"the place of the new ESP", []string{"disk.img"}, blank, ext4(blank, esp)},
+	} {
+		if err := os.WriteFile("disk.img", tc.before, 0o644); err != nil {
+			t.Fatal(err)
+		}
+		b.app.device = func(d blockdev.Device) blockdev.Device { // the target is open by now
+			if err := os.WriteFile("disk.img", tc.after, 0o644); err != nil {
+				t.Fatal(err)
+			}
+			return d
+		}
+		r := b.run(append([]string{"init", "--no-set", "--primary", "primary.img"}, tc.args...)...)
+		if r.code == 0 {
+			t.Errorf("%s: it was overwritten", tc.what)
+		}
+		r.has("cannot init "+tc.args[len(tc.args)-1], gpt.ErrChanged.Error())
+		if image, err := os.ReadFile("disk.img"); err != nil || !bytes.Equal(image, tc.after) {
+			t.Errorf("%s: it was written to (%v)", tc.what, err)
+		}
 	}
 }
 

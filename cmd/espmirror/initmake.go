@@ -83,10 +83,33 @@ func (x *making) open(inv *invocation) (err error) {
 }
 
 // unchanged returns gpt.ErrChanged when a disk is not what the plan was made for: others could write to it until it was opened, and
-// with many targets that is a long time.
+// with many targets that is a long time. All of it is looked at before anything is written, or discarded.
 func (x *making) unchanged() error {
+	if x.t.create {
+		return nil
+	}
+	if err := x.sameDisk(); err != nil {
+		return err
+	}
+	for _, v := range x.volumes {
+		if v.existing {
+			continue
+		}
+		w, err := x.window(x.dev, v)
+		if err != nil {
+			return err
+		}
+		if _, err := x.recognise(w, v); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// sameDisk returns gpt.ErrChanged when the table of a disk, or what is on the disk as a whole, is not that of the plan.
+func (x *making) sameDisk() error {
 	t := x.t
-	if t.create || t.part {
+	if t.part {
 		return nil
 	}
 	found, err := gpt.Recognise(x.disk)
@@ -109,6 +132,15 @@ func (x *making) unchanged() error {
 		return gpt.ErrChanged
 	}
 	return nil
+}
+
+// recognise finds out what is in the place of a volume, and returns gpt.ErrChanged when that is not what was there for the plan.
+func (p *initPlan) recognise(w blockdev.Device, v *newVolume) ([]gpt.Signature, error) {
+	found, err := gpt.Recognise(w)
+	if err != nil {
+		return nil, err
+	}
+	return found, p.known(v, found)
 }
 
 // known returns gpt.ErrChanged when the place of a volume holds what it did not hold when it was looked at.
@@ -267,7 +299,11 @@ func (p *initPlan) makeTable(dev blockdev.Device) error {
 			continue
 		}
 		// A partition must be blank when it comes into the table, or a cut would leave one that holds what it held before.
-		if err := p.wipe(dev, v); err != nil {
+		w, err := p.window(dev, v)
+		if err != nil {
+			return err
+		}
+		if err := p.wipe(w, v); err != nil {
 			return err
 		}
 		parts, fresh = append(parts, v.part), append(fresh, v)
@@ -295,15 +331,9 @@ func (p *initPlan) makeTable(dev blockdev.Device) error {
 	return nil
 }
 
-func (p *initPlan) wipe(dev blockdev.Device, v *newVolume) error {
-	w, err := p.window(dev, v)
-	if err != nil {
-		return err
-	}
-	found, err := gpt.Recognise(w)
-	if err == nil {
-		err = p.known(v, found)
-	}
+// wipe makes the place of a volume blank.
+func (p *initPlan) wipe(w blockdev.Device, v *newVolume) error {
+	found, err := p.recognise(w, v)
 	if err != nil {
 		return err
 	}
@@ -313,14 +343,7 @@ func (p *initPlan) wipe(dev blockdev.Device, v *newVolume) error {
 // format makes an empty volume whose first sector is not there yet.
 func (p *initPlan) format(w blockdev.Device, v *newVolume) (*blockdev.Withheld, error) {
 	if v.inTable {
-		found, err := gpt.Recognise(w)
-		if err == nil {
-			err = p.known(v, found)
-		}
-		if err == nil {
-			err = gpt.Wipe(w, found)
-		}
-		if err != nil {
+		if err := p.wipe(w, v); err != nil {
 			return nil, err
 		}
 	}

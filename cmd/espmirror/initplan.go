@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
-	"slices"
 	"strconv"
 	"strings"
 
@@ -72,10 +71,11 @@ func listSignatures(found []gpt.Signature) string {
 	return strings.Join(words, ", ")
 }
 
-// sizes are what the ESP and the XBOOTLDR partition should have, in bytes; 0: there is none.
+// wantedSize is what the ESP or the XBOOTLDR partition should have, in bytes.
 type wantedSize struct {
-	size, least int64
-	fixed       bool // given on the command line
+	size  int64
+	least int64 // for twice what is selected
+	fixed bool  // given on the command line
 }
 
 // room is what the selection of a primary takes, with as much again.
@@ -242,8 +242,10 @@ func (p *initPlan) likeDisk(inv *invocation, m *members) error {
 		return refusal{fail(err)}
 	}
 	if p.t.loc != nil {
-		if same, err := gpt.SameVolume(whole, p.t.loc); err != nil || same {
-			return errors.Join(err, usagef("--like=%s is the disk that is to be made", p.o.like))
+		if same, err := gpt.SameVolume(whole, p.t.loc); err != nil {
+			return fail(err)
+		} else if same {
+			return usagef("--like=%s is the disk that is to be made", p.o.like)
 		}
 	}
 	if err := p.clear(); err != nil {
@@ -641,7 +643,7 @@ func advice(v *newVolume, node, holder string) string {
 		return fmt.Sprintf("mdadm --manage %s --add %s", md, node)
 	case v.holds == "btrfs":
 		return fmt.Sprintf("btrfs replace start MISSING-DEVID %s MOUNTPOINT", node)
-	case slices.Contains([]string{"ZFS member"}, v.holds), typ == typeZFS:
+	case v.holds == "ZFS member", typ == typeZFS:
 		return fmt.Sprintf("zpool replace POOL OLD-DEVICE %s", node)
 	case v.holds == "LVM physical volume", v.holds == "" && typ == typeLVM:
 		return fmt.Sprintf("pvcreate %s && vgextend VG %s && lvconvert --repair VG/LV", node, node)

@@ -13,8 +13,9 @@ import (
 )
 
 // forInitrd says that this is the program for an initramfs. It leaves out what nobody does there, because of its size: the commands
-// that change a set or make volumes, copies into directories, metrics, manifests, boot entries of the firmware, and as sources archives and exFAT volumes. It takes
-// no file for one of them, so that what is named is refused as what it is not.
+// init, add, remove, random-seed and extract, metrics, manifests, boot entries of the firmware, and as sources archives and exFAT
+// volumes. It takes no file for one of them, so that what is named is refused as what it is not. Some functions below are not even
+// called here, which saves some pages.
 const forInitrd = true
 
 func (inv *invocation) initCommand() *cli.Command { return nil } // never called

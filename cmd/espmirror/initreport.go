@@ -41,7 +41,7 @@ type initPartition struct {
 	Label   string `json:"partition_label"`
 	Offset  int64  `json:"offset_bytes"`
 	Size    int64  `json:"size_bytes"`
-	State   string `json:"state"` // new, blank partition, resumed, table only
+	State   string `json:"state"` // new, formatted, resumed, member, table only
 	FATType string `json:"fat_type,omitempty"`
 	Cluster int    `json:"cluster_bytes,omitempty"`
 	Count   uint32 `json:"clusters,omitempty"`

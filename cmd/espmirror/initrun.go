@@ -91,7 +91,7 @@ func (inv *invocation) init() (report, error) {
 	}
 	for _, p := range r.plans {
 		if v := p.esp(); p.err == nil && v != nil && (joined == nil || !p.join) {
-			p.err = inv.seedOf(p, v)
+			p.err = inv.randomSeedOf(p, v)
 		}
 	}
 	rep.fill(r.plans)
@@ -518,20 +518,29 @@ func (r *initRun) carryOut() error {
 
 // each calls f for each, as many in parallel as may be.
 func (r *initRun) each(all []*making, f func(*making)) {
-	turns := make(chan struct{}, cmp.Or(r.inv.jobs, len(all)))
+	inParallel(len(all), cmp.Or(r.inv.jobs, len(all)), func(i int) { f(all[i]) })
+}
+
+// inParallel calls f with the numbers below n, which are begun in this order, so many at a time.
+func inParallel(n, jobs int, f func(int)) {
+	next := make(chan int)
 	var wg sync.WaitGroup
-	for _, x := range all {
+	for range min(jobs, n) {
 		wg.Go(func() {
-			turns <- struct{}{}
-			defer func() { <-turns }()
-			f(x)
+			for i := range next {
+				f(i)
+			}
 		})
 	}
+	for i := range n {
+		next <- i
+	}
+	close(next)
 	wg.Wait()
 }
 
-// seedOf makes a random seed where it was asked for.
-func (inv *invocation) seedOf(p *initPlan, v *newVolume) error {
+// randomSeedOf makes a random seed where it was asked for.
+func (inv *invocation) randomSeedOf(p *initPlan, v *newVolume) error {
 	if !p.o.randomSeed {
 		return nil
 	}

@@ -10,7 +10,6 @@ import (
 	"fmt"
 	"path/filepath"
 	"runtime"
-	"sync"
 
 	"github.com/urfave/cli/v2"
 
@@ -85,8 +84,9 @@ func (inv *invocation) newManifest(targets []string) (*manifestOutput, error) {
 	return o, manifest.CheckStore(o.file, o.key != nil)
 }
 
-// write reads the targets again, as many at a time as --jobs says or there are processors, and writes what they hold. Nothing is written when one cannot be read.
-// The error has no exit status of its own: that of a refusal would say that nothing at all was written.
+// write reads the targets again, and writes what they hold; nothing when one cannot be read. As many are read at a time as were
+// written to, or as there are processors where that has no limit. The error has no exit status of its own: that of a refusal would
+// say that nothing at all was written.
 func (o *manifestOutput) write(targets []string) error {
 	if o == nil {
 		return nil
@@ -157,24 +157,11 @@ func (inv *invocation) stateImages(names []string, jobs int, progress func(repli
 	ctx, cancel := context.WithCancel(inv.ctx)
 	defer cancel()
 	out := make([]statedImage, len(names))
-	next := make(chan int)
-	var wg sync.WaitGroup
-	for range max(1, min(jobs, len(names))) {
-		wg.Add(1)
-		go func() {
-			defer wg.Done()
-			for i := range next {
-				if out[i] = inv.stateImage(ctx, names[i], progress); out[i].err != nil {
-					cancel()
-				}
-			}
-		}()
-	}
-	for i := range names {
-		next <- i
-	}
-	close(next)
-	wg.Wait()
+	inParallel(len(names), jobs, func(i int) {
+		if out[i] = inv.stateImage(ctx, names[i], progress); out[i].err != nil {
+			cancel()
+		}
+	})
 	return out
 }
 

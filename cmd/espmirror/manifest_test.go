@@ -432,31 +432,17 @@ func TestVerifyManifestPending(t *testing.T) {
 
 // TestVerifyManifestDisk has a block device to which an image was written, larger than that.
 func TestVerifyManifestDisk(t *testing.T) {
-	if _, err := exec.LookPath("losetup"); err != nil {
-		t.Skip("losetup is not installed")
-	}
 	b := twins(t)
 	b.run("sync", "--primary", "primary.img", "--target", "images/one.img", "--manifest", "m.json").want(0)
 	data := append(readFile(t, "images/one.img"), make([]byte, 4<<20)...)
 	if err := os.WriteFile("disk", data, 0o644); err != nil {
 		t.Fatal(err)
 	}
-	out, err := exec.Command("losetup", "--find", "--show", "disk").CombinedOutput()
-	if err != nil {
-		t.Skipf("no loop devices here: %s", out)
-	}
-	node := strings.TrimSpace(string(out))
-	t.Cleanup(func() { _ = exec.Command("losetup", "-d", node).Run() })
-	b.app.system = blockdev.System{}
+	node := loop(t, b, "disk")
 	b.writes = false
 	b.run("verify", "--manifest", "m.json", node).want(0).has("one.img")
 	b.run("verify", "--manifest", "m.json", node+"@@p2").want(0)
 	// One that is in use may have in memory what is not on it.
-	out, err = exec.Command("losetup", "--find", "--show", node).CombinedOutput()
-	if err != nil {
-		t.Skipf("no loop device over another one: %s", out)
-	}
-	upper := strings.TrimSpace(string(out))
-	defer func() { _ = exec.Command("losetup", "-d", upper).Run() }()
+	upper := loop(t, b, node)
 	b.run("verify", "--manifest", "m.json", node).want(exitRefused).has("attached to "+filepath.Base(upper), "busy")
 }

@@ -422,7 +422,24 @@ func loop(t *testing.T, b *bench, image string, options ...string) string {
 		t.Skipf("losetup: %v", err)
 	}
 	node := strings.TrimSpace(string(out))
+	// The kernel keeps the partitions of a loop device when it is detached, and has those of whoever had this one before.
+	forget := func() {
+		id, err := blockdev.Identify(node)
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		disk, err := blockdev.System{}.BlockByNum(id.Dev)
+		if err == nil {
+			err = blockdev.System{}.ForgetPartitions(disk)
+		}
+		if err != nil {
+			t.Error(err)
+		}
+	}
+	forget()
 	t.Cleanup(func() {
+		forget()
 		if err := exec.Command("losetup", "-d", node).Run(); err != nil {
 			t.Errorf("losetup -d %s: %v", node, err)
 		}

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/urfave/cli/v2"
@@ -106,32 +107,27 @@ type manifestVerifier struct {
 }
 
 func (x *manifestVerifier) run(args []string) error {
-	x.bar = x.inv.startProgress()
-	total := len(args)
-	for _, name := range args {
-		if err := x.inv.ctx.Err(); err != nil {
-			x.bar.stop()
-			return err
-		}
-		x.image(name, nil)
-	}
+	entries := make([]*manifest.Image, len(args)) // nil: to be looked for
 	if len(args) == 0 {
-		total = len(x.m.Images)
 		for i := range x.m.Images {
-			if err := x.inv.ctx.Err(); err != nil {
-				x.bar.stop()
-				return err
-			}
 			// Not filepath.Join, which takes "./" away: a name such as LABEL=x is that of a file here, and of nothing else.
-			x.image(filepath.Dir(x.file)+string(filepath.Separator)+x.m.Images[i].Name, &x.m.Images[i])
+			args = append(args, filepath.Dir(x.file)+string(filepath.Separator)+x.m.Images[i].Name)
+			entries = append(entries, &x.m.Images[i])
 		}
+	}
+	x.bar = x.inv.startProgress()
+	for i, name := range args {
+		if x.inv.ctx.Err() != nil {
+			break
+		}
+		x.image(name, entries[i])
 	}
 	x.bar.stop()
 	if err := x.inv.ctx.Err(); err != nil {
 		return err
 	}
 	if len(x.errs) > 0 {
-		return &targetsError{verb: "verify", errs: x.errs, total: total}
+		return &targetsError{verb: "verify", errs: x.errs, total: len(args)}
 	}
 	for _, im := range x.rep.Images {
 		if im.Outcome != string(replicate.InSync) {
@@ -262,11 +258,7 @@ func pairVolumes(entry *manifest.Image, l *locatedImage) []*gpt.Location {
 // extra tells of volumes that the manifest does not know.
 func (x *manifestVerifier) extra(r *imageReport, entry *manifest.Image, l *locatedImage, pairs []*gpt.Location) error {
 	for _, loc := range l.volumes {
-		known := false
-		for _, p := range pairs {
-			known = known || p == loc
-		}
-		if known || entry.Size == 0 && !l.part {
+		if slices.Contains(pairs, loc) || entry.Size == 0 && !l.part {
 			continue // an entry that was made of one partition says nothing of the others
 		}
 		have := placeOf(loc)
