@@ -26,8 +26,8 @@ func (inv *invocation) statusCommand() *cli.Command {
 			"and their health. Nothing is written. GEN is the generation: it grows with each completed change.\n" +
 			"BOOT are the boot entries of the firmware that lead there; in brackets those that it does not try by itself.\n\n" +
 			"States: ok, in sync, drifted (files differ), stale (behind the primary), new (never in a set), newer (ahead\n" +
-			"of the primary: it is refused), diverged (both were changed: it is refused), needs recovery, damaged, busy,\n" +
-			"missing, refused, failed, stopped.",
+			"of the primary: it is refused), diverged (both were changed: it is refused), changed (there alone: it is\n" +
+			"refused), needs recovery, damaged, busy, missing, not compared, refused, failed, stopped.",
 		Flags:  append(append(append(setFlags(), selectFlags()...), noProgressFlag()), metricsFlags()...),
 		Action: inv.action(0, 0, "name the volumes with --primary and --target", inv.status),
 	}
